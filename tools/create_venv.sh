@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# create_venv.sh PYTHON FOLDER [SYSTEM]: a virtual environment, empty, or with SYSTEM set one that sees all packages of PYTHON.
+set -euo pipefail
+python=$1 folder=$2 system=${3:-}
+
+if [[ -n $system ]]; then
+  "$python" -m venv --without-pip "$folder"
+  # Not --system-site-packages: where PYTHON is itself a virtual environment, that would mean the packages of its base.
+  site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" -c 'import site; print("import site;", "; ".join(f"site.addsitedir({p!r})" for p in site.getsitepackages()))' \
+    > "$site/coda_parent.pth"
+elif ! "$python" -m venv "$folder"; then
+  rm -rf "$folder"
+  echo "$python cannot make a virtual environment; install its venv module (Debian and Ubuntu: apt-get install python3-venv)" >&2
+  exit 1
+fi
