@@ -1,0 +1,81 @@
+#include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <coda/ops/bounded.h>
+#include <torch/library.h>
+
+#include "check.h"
+#include "dispatch.h"
+
+namespace coda {
+namespace {
+
+using Result = std::tuple<at::Tensor, std::vector<at::Tensor>>;
+
+Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& theta,
+                                 const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+                                 const std::optional<at::Tensor>& cu_seqlens, at::TensorList state,
+                                 const std::optional<at::Tensor>& eta_logit, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
+                                 CODA_ATTENTION_PARAMS, int64_t segment) {
+  check_bounded_forward(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, eta_logit, inv_freq, CODA_MEMORY_OPTIONS,
+                        segment);
+  if (q.sym_numel() == 0) {
+    std::vector<at::Tensor> unchanged;
+    for (const auto& t : state) unchanged.push_back(t.clone());
+    return {q.clone(), unchanged};
+  }
+  const bool dense = !cu_seqlens;
+  const auto pack = [&](const at::Tensor& t) { return dense ? t.flatten(0, 1) : t; };
+  const auto packed_q = pack(q), packed_k = pack(k), packed_v = pack(v);
+  const auto packed_gate = pack(gate.to(state[2].scalar_type()));
+  const auto packed_lam = lam ? std::optional(pack(*lam)) : std::nullopt;
+  const auto ends = dense ? at::arange(q.sym_size(0) + 1, q.options().dtype(at::kLong)).mul(q.sym_size(1)) : *cu_seqlens;
+
+  // Rows [from, to) of the packed batch; `cu` counts from `from`.
+  const auto read = [&](const c10::SymInt& from, const c10::SymInt& to, const at::Tensor& cu, at::TensorList before) -> Result {
+    const auto rows = [&](const at::Tensor& t) { return t.slice_symint(0, from, to); };
+    const auto keys = rows(packed_k), values = rows(packed_v), logits = rows(packed_gate);
+    auto [index, summary_k, summary_v, summary_mass, after] =
+        dispatch::bank_scan(keys, values, logits, cu, before, eta_logit, inv_freq, CODA_MEMORY_ARGS);
+    auto y = dispatch::bounded_attention(rows(packed_q), keys, values, packed_lam ? std::optional(rows(*packed_lam)) : std::nullopt,
+                                         theta, norm_weight, logits, cu, before, index, summary_k, summary_v, summary_mass,
+                                         inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS);
+    return {y, after};
+  };
+
+  const auto tokens = packed_q.sym_size(0);
+  const int64_t rows = (segment + chunk - 1) / chunk * chunk;
+  if (tokens <= rows) {
+    auto [y, after] = read(0, tokens, ends, state);
+    return {dense ? y.view_symint(q.sym_sizes()) : y, after};
+  }
+  const int64_t segments = ((tokens + (rows - 1)) / rows).guard_int(__FILE__, __LINE__);
+  std::vector<at::Tensor> ys, held = state.vec();
+  for (int64_t i = 0; i < segments; ++i) {
+    const c10::SymInt from = i * rows, to = i + 1 < segments ? c10::SymInt((i + 1) * rows) : tokens;
+    auto [y, after] = read(from, to, ends.clamp(i * rows, (i + 1) * rows).sub(i * rows), held);
+    ys.push_back(y);
+    held = after;
+  }
+  const auto y = at::cat(ys);
+  return {dense ? y.view_symint(q.sym_sizes()) : y, held};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, State> bounded_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const std::optional<at::Tensor>& cu_seqlens, const State& state, const std::optional<at::Tensor>& eta_logit,
+    const at::Tensor& inv_freq, const MemoryOptions& memory, const AttentionOptions& attention, int64_t segment) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("coda::bounded_forward", "")
+                             .typed<decltype(bounded_forward_composite)>();
+  auto [y, new_state] = op.call(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state.tensors(), eta_logit, inv_freq,
+                                CODA_MEMORY_VALUES(memory), CODA_ATTENTION_VALUES(attention), segment);
+  return {y, State::from_tensors(new_state)};
+}
+
+TORCH_LIBRARY_IMPL(coda, CompositeImplicitAutograd, m) { m.impl("bounded_forward", bounded_forward_composite); }
+
+}  // namespace coda

@@ -1,0 +1,167 @@
+#include <kernels/bounded_attention/launch.h>
+#include <torch/library.h>
+
+#include "../memory_args.h"
+#include "launch.h"
+
+namespace coda::cuda {
+namespace {
+
+// The arguments in the form that kernels take; keeps the tensors alive.
+struct Problem {
+  at::Tensor q, k, v, lam, theta, norm_weight, gate, cu_seqlens, index, summary_k, summary_v, summary_mass, inv_freq;
+  State state;
+  BankKeys turned;
+  kernels::BoundedAttentionParams params{};
+
+  Problem(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const std::optional<at::Tensor>& lam_,
+          const std::optional<at::Tensor>& theta_, const std::optional<at::Tensor>& norm_weight_, const at::Tensor& gate_,
+          const at::Tensor& cu_seqlens_, at::TensorList state_, const at::Tensor& index_, const at::Tensor& summary_k_,
+          const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
+          const MemoryOptions& memory, const AttentionOptions& attention)
+      : q(q_.contiguous()), k(k_.contiguous()), v(v_.contiguous()), lam(widened(lam_, q_)), theta(widened(theta_, q_)),
+        norm_weight(widened(norm_weight_, q_)), gate(gate_.contiguous()), cu_seqlens(int64(cu_seqlens_)),
+        index(index_.contiguous()), summary_k(summary_k_.contiguous()), summary_v(summary_v_.contiguous()),
+        summary_mass(summary_mass_.contiguous()), inv_freq(inv_freq_.contiguous()), state(contiguous_state(state_)),
+        turned(bank_keys(k, state, cu_seqlens, inv_freq, memory)) {
+    auto& p = params;
+    p.sequences = state.k.size(0);
+    p.tokens = q.size(0);
+    p.chunk_rows = p.tokens / memory.chunk + 2 * p.sequences;
+    p.heads = static_cast<int>(q.size(1));
+    p.kv_heads = static_cast<int>(k.size(1));
+    p.dim = static_cast<int>(q.size(2));
+    p.streams = lam_ ? 2 : 1;
+    p.gate_groups = static_cast<int>(state.gate.size(1));
+    p.window = static_cast<int>(memory.window);
+    p.chunk = static_cast<int>(memory.chunk);
+    p.exact_slots = static_cast<int>(state.exact_pos.size(2));
+    p.summary_slots = static_cast<int>(state.summary_mass.size(1));
+    p.num_sinks = static_cast<int>(memory.num_sinks);
+    p.has_bank_distance = memory.bank_distance.has_value();
+    p.bank_distance = memory.bank_distance.value_or(0);
+    p.gate_bias = memory.gate_bias;
+    p.mass_bias = memory.mass_bias;
+    p.theta_interleaved = interleaved(attention.theta_pairs);
+    p.rope_interleaved = interleaved(memory.rope_pairs);
+    p.scale = scale_of(attention, p.dim);
+    p.norm_eps = attention.norm_eps;
+    p.q = read(q);
+    p.k = read(k);
+    p.v = read(v);
+    p.lam = read(lam);
+    p.theta = read(theta);
+    p.norm_weight = read(norm_weight);
+    p.gate = read(gate);
+    p.cu_seqlens = read<int64_t>(cu_seqlens);
+    p.tokens_seen = read<int64_t>(state.tokens_seen);
+    p.state_k = read(state.k);
+    p.state_v = read(state.v);
+    p.state_gate = read(state.gate);
+    p.index = read<int32_t>(index);
+    p.summary_k = read(summary_k);
+    p.summary_v = read(summary_v);
+    p.summary_mass = read(summary_mass);
+    p.inv_freq = read<double>(inv_freq);
+    p.kbar = read(turned.fresh);
+    p.state_kbar = read(turned.state);
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const at::Tensor& cu_seqlens, at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k,
+    const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
+    CODA_ATTENTION_PARAMS) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
+                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
+  const auto saved = [&](bool present) { return present ? at::empty(q.sizes(), wide(q)) : at::empty({0}, wide(q)); };
+  const auto y = at::empty(q.sizes(), q.options()), o2 = saved(lam.has_value()), diff = saved(norm_weight.has_value());
+  const auto lse = at::empty({problem.params.streams, q.size(0), q.size(1)}, wide(q));
+  auto p = with_outputs<kernels::BoundedAttentionForward>(problem.params);
+  p.y = data(y);
+  p.o2 = data(o2);
+  p.diff = data(diff);
+  p.lse = data(lse);
+  C10_CUDA_CHECK(kernels::bounded_attention_forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
+  return {y, o2, diff, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+           at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+         const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& theta,
+         const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate, const at::Tensor& cu_seqlens,
+         at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k, const at::Tensor& summary_v,
+         const at::Tensor& summary_mass, const at::Tensor& inv_freq, const at::Tensor& y, const at::Tensor& o2,
+         const at::Tensor& diff, const at::Tensor& lse_, CODA_MEMORY_PARAMS, CODA_ATTENTION_PARAMS) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
+                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
+  const auto out = output_gradient(grad_y.contiguous(), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
+                                   problem.norm_weight, norm_eps);
+  const auto lse = lse_.contiguous();
+  const auto dtype = dtype_of(q);
+  const auto options = wide(q);
+  const auto& held = problem.state;
+  auto p = with_outputs<kernels::BoundedAttentionBackward>(problem.params);
+  const auto grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
+             grad_v = at::empty(v.sizes(), v.options()), grad_state_k = at::empty(held.k.sizes(), k.options()),
+             grad_state_v = at::empty(held.v.sizes(), v.options());
+  const auto grad_summary_k = at::zeros(summary_k.sizes(), options), grad_summary_v = at::zeros(summary_v.sizes(), options);
+  const auto theta_partial =
+      theta ? at::zeros({kernels::bounded_attention_backward_row_blocks(p, dtype), p.heads, p.dim / 2}, options)
+            : at::empty({0}, options);
+  const auto gate_partial = at::zeros({p.tokens, p.kv_heads}, options);
+  const auto state_gate_partial = at::zeros({p.sequences, p.kv_heads, held.k.size(2)}, options);
+  const auto mass_partial = at::zeros({p.chunk_rows, p.kv_heads, p.summary_slots}, options);
+  const auto scratch = [&](const at::Tensor& like) {
+    return p.exact_slots > 0 ? at::zeros(like.sizes(), options) : at::empty({0}, options);
+  };
+  const auto bank_grad_k = scratch(k), bank_grad_v = scratch(v), state_bank_grad_k = scratch(held.k),
+             state_bank_grad_v = scratch(held.v);
+  p.lse = read(lse);
+  p.grad_diff = read(out.grad_diff);
+  p.delta = read(out.delta);
+  p.grad_q = data(grad_q);
+  p.grad_k = data(grad_k);
+  p.grad_v = data(grad_v);
+  p.grad_state_k = data(grad_state_k);
+  p.grad_state_v = data(grad_state_v);
+  p.grad_summary_k = data(grad_summary_k);
+  p.grad_summary_v = data(grad_summary_v);
+  p.theta_partial = data(theta_partial);
+  p.gate_partial = data(gate_partial);
+  p.state_gate_partial = data(state_gate_partial);
+  p.mass_partial = data(mass_partial);
+  p.bank_grad_k = data(bank_grad_k);
+  p.bank_grad_v = data(bank_grad_v);
+  p.state_bank_grad_k = data(state_bank_grad_k);
+  p.state_bank_grad_v = data(state_bank_grad_v);
+  C10_CUDA_CHECK(kernels::bounded_attention_backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
+  const bool shared = p.gate_groups < p.kv_heads;
+  return {grad_q,
+          grad_k,
+          grad_v,
+          gradient_like(out.grad_lam, lam),
+          gradient_like(theta ? theta_partial.sum(0) : theta_partial, theta),
+          gradient_like(out.grad_norm_weight, norm_weight),
+          shared ? gate_partial.sum(1, true) : gate_partial,
+          grad_state_k,
+          grad_state_v,
+          shared ? state_gate_partial.sum(1, true) : state_gate_partial,
+          grad_summary_k,
+          grad_summary_v,
+          mass_partial.sum(1)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(coda, CUDA, m) {
+  m.impl("_bounded_attention_forward", forward);
+  m.impl("_bounded_attention_backward", backward);
+}
+
+}  // namespace coda::cuda
