@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+
+namespace coda::kernels {
+
+// Attention of new tokens over bank snapshots, ring and themselves. A stands for the accumulation type, float or, for kFloat64,
+// double. T counts tokens over all N sequences, NC = T / C + 2 N chunk rows, of which sequence n owns those from
+// cu_seqlens[n] / C + 2 n on. A flat source i of a sequence is slot i of its carried state below W + Me, else its new token
+// i - W - Me. R is Hkv or 1.
+struct BoundedAttentionParams {
+  int64_t sequences, tokens, chunk_rows;  // N, T, NC
+  int heads, kv_heads, dim, streams, gate_groups;
+  int window, chunk, exact_slots, summary_slots, num_sinks;
+  bool has_bank_distance, gate_bias, mass_bias, theta_interleaved, rope_interleaved;
+  int64_t bank_distance;
+  double scale, norm_eps;
+
+  const void* q;               // (T, H, D)
+  const void* k;               // (T, Hkv, D)
+  const void* v;               // (T, Hkv, D)
+  const void* lam;             // (T, H) A, null with one stream
+  const void* theta;           // (H, D/2) A, null with one stream
+  const void* norm_weight;     // (D) A or null
+  const void* gate;            // (T, R) A, logits
+  const int64_t* cu_seqlens;   // (N + 1)
+  const int64_t* tokens_seen;  // (N)
+  const void* state_k;         // (N, Hkv, W + Me, D)
+  const void* state_v;         // (N, Hkv, W + Me, D)
+  const void* state_gate;      // (N, R, W + Me) A
+  const int32_t* index;        // (NC, R, Me) flat source of each exact slot, -1 free. A source keeps its slot for as long as it
+                               // stays in the bank, which is what lets the backward gather its gradient in one place
+  const void* summary_k;       // (NC, Hkv, Ms, D) A
+  const void* summary_v;       // (NC, Hkv, Ms, D) A
+  const void* summary_mass;    // (NC, Ms) A, 0 free
+  const double* inv_freq;      // (D/2)
+  const void* kbar;            // (T, Hkv, D) keys as the bank holds them: see bank_keys.h; k without bank_distance
+  const void* state_kbar;      // (N, Hkv, W + Me, D) likewise; state_k without bank_distance
+};
+
+struct BoundedAttentionForward : BoundedAttentionParams {
+  void* y;     // out (T, H, D)
+  void* o2;    // out (T, H, D) A, null with one stream
+  void* diff;  // out (T, H, D) A: o1 - lam o2, null without norm
+  void* lse;   // out (streams, T, H) A
+};
+
+struct BoundedAttentionBackward : BoundedAttentionParams {
+  const void* lse;        // (streams, T, H) A
+  const void* grad_diff;  // (T, H, D) A, from output_gradient
+  const void* delta;      // (streams, T, H) A, likewise
+  void* grad_q;           // out (T, H, D)
+  void* grad_k;           // out (T, Hkv, D)
+  void* grad_v;           // out (T, Hkv, D)
+  void* grad_state_k;     // out (N, Hkv, W + Me, D)
+  void* grad_state_v;     // out (N, Hkv, W + Me, D)
+  void* grad_summary_k;   // out (NC, Hkv, Ms, D) A, zero before
+  void* grad_summary_v;   // out (NC, Hkv, Ms, D) A, zero before
+  void* theta_partial;    // out (backward row blocks, H, D/2) A, zero before: sums to grad_theta; null with one stream
+  void* gate_partial;     // out (T, Hkv) A, zero before: gate gradient of each KV head
+  void* state_gate_partial;  // out (N, Hkv, W + Me) A, zero before, likewise
+  void* mass_partial;        // out (NC, Hkv, Ms) A, zero before, likewise
+  // Scratch: gradients of keys and values as the exact banks hold them; zero before.
+  void* bank_grad_k;        // (T, Hkv, D) A
+  void* bank_grad_v;        // (T, Hkv, D) A
+  void* state_bank_grad_k;  // (N, Hkv, W + Me, D) A
+  void* state_bank_grad_v;  // (N, Hkv, W + Me, D) A
+};
+
+}  // namespace coda::kernels

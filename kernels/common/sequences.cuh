@@ -1,0 +1,37 @@
+#pragma once
+
+#include <cstdint>
+
+namespace coda::kernels {
+
+// The last n in [0, count) with start(n) <= index, where start is non-decreasing and start(0) <= index.
+template <class Start>
+__device__ inline int64_t find_sequence(int64_t count, int64_t index, Start start) {
+  int64_t low = 0, high = count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (start(middle) <= index) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Packed sequences cut into tiles of `size` items without a host copy of their lengths: sequence n owns the tiles from
+// offset(n) / size + n on, which never overlap the next one's. tile_bound is their number, from tensor sizes alone.
+inline int64_t tile_bound(int64_t items, int64_t sequences, int64_t size) { return items / size + sequences; }
+
+struct Tile {
+  int64_t sequence;
+  int64_t begin;  // first item, within the sequence
+};
+
+template <class Offset>
+__device__ inline Tile find_tile(int64_t sequences, int64_t index, int64_t size, Offset offset) {
+  const int64_t n = find_sequence(sequences, index, [&](int64_t m) { return offset(m) / size + m; });
+  return {n, (index - (offset(n) / size + n)) * size};
+}
+
+}  // namespace coda::kernels
