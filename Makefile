@@ -35,7 +35,7 @@ test-gpu: $(VENV)/.built
 build: $(VENV)/.built
 
 bench: $(VENV)/.built
-	python benchmarks/run.py
+	python -m benchmarks.run --all
 
 # Only our kernels are checked, and without torch's caching allocator, so that each tensor has bounds of its own.
 sanitize: $(VENV)/.built

