@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # create_venv.sh PYTHON FOLDER [SYSTEM]: a virtual environment, empty, or with SYSTEM set one that sees all packages of PYTHON.
 set -euo pipefail
-python=$1 folder=$2 system=${3:-}
+folder=$2 system=${3:-}
+# By its path, since the new environment comes first on the Makefile's PATH.
+python=$(command -v "$1") || { echo "$1 is not found; name a Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 
 if [[ -n $system ]]; then
   "$python" -m venv --without-pip "$folder"

@@ -324,3 +324,9 @@ def compiled(fn: Callable, **options: Any) -> Callable:
 
 def cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.cpu() for name, t in tensors.items()}
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """The largest error, or in float32, where the largest of thousands of single roundings is luck, their root mean square."""
+    difference = ours.detach().cpu().double() - exact.detach().cpu().double()
+    return float(difference.square().mean().sqrt() if ours.dtype == torch.float32 else difference.abs().max())

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import (CONFIGS, CORNERS, CONTENTS, Case, Shape, assert_same_memory, cases, compiled, cpu, examples, far_cases,
+from cases import (CONFIGS, CORNERS, CONTENTS, Case, Shape, assert_same_memory, cases, compiled, cpu, error, examples, far_cases,
                    few_examples, flat, gradients, moved, repeatable, vacant)
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
@@ -284,9 +284,6 @@ class TestLowPrecision:
             narrow = p.with_leaves({name: t.to(dtype) for name, t in p.leaves().items()})
             with mock.patch.object(reference, "_wide", lambda t: t):
                 return [narrow.reference_attend((snapshots[0], *(t.to(dtype) for t in snapshots[1:])))]
-
-        def error(y, exact_y):
-            return float((y.cpu().double() - exact_y.double()).abs().max())
 
         ours, reached = read(p, device)[0], exact(p)[0]
         assert ours.dtype == dtype

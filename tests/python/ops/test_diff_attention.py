@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import SHAPES, Shape, compiled, cpu, cumulative, examples, few_examples, seeds
+from cases import SHAPES, Shape, compiled, cpu, cumulative, error, examples, few_examples, seeds
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
@@ -195,10 +195,9 @@ class TestLowPrecision:
         (baseline, baseline_grads), exact_grads = plain(call, tensors), gradients(call, wide, reference.diff_attention)
         ours, exact = call.run(tensors), call.run(wide, reference.diff_attention)
         assert ours.dtype == dtype
-        assert (ours.cpu().double() - exact).abs().max() <= 2 * (baseline.cpu().double() - exact).abs().max()
+        assert error(ours, exact) <= 2 * error(baseline, exact)
         for name, grad in gradients(call, tensors).items():
-            error, allowed = ((g.cpu().double() - exact_grads[name]).abs().max() for g in (grad, baseline_grads[name]))
-            assert error <= 2 * allowed, name
+            assert error(grad, exact_grads[name]) <= 2 * error(baseline_grads[name], exact_grads[name]), name
 
     def test_parameters_may_be_wider_than_the_model(self, device):
         call = KINDS["norm"]
