@@ -7,7 +7,7 @@ SYSTEM ?=
 CUDA ?= AUTO
 VENV ?= .venv
 BUILD ?= build
-SANITIZE_TESTS ?= -m gpu
+SANITIZE_TESTS ?= tests/python/ops -m gpu -k opcheck
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash

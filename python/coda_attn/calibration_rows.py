@@ -12,7 +12,7 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from .evaluation.corpus import wiki_summaries
+from .evaluation.corpus import library_docs, wiki_summaries
 
 
 class Wording(NamedTuple):
@@ -130,20 +130,25 @@ def calibration_rows(tokenizer: Any, rows: int = 64, length: int = 2048, *, seed
 
     Args:
         tokenizer: a transformers tokenizer. rows: how many. length: tokens each.
-        seed: the same seed gives the same rows. prose: passages, by default ``wiki_summaries()``; each is used once at most.
+        seed: the same seed gives the same rows. prose: passages, each used once at most; by default ``wiki_summaries()`` and
+            ``library_docs()``, from which rows take turns: short texts on every subject, and long ones that look back.
         facts: least and greatest number of facts in a row.
     Raises: ValueError when the prose is too short for so many rows, or the rows too short for their facts.
     """
     if rows < 1:
         raise ValueError(f"{rows} calibration rows were asked; give at least 1")
     generator = random.Random(seed)
-    passages = list(wiki_summaries() if prose is None else prose)
+    sources = [_sentences(passages, generator) for passages in ([wiki_summaries(), library_docs()] if prose is None else [prose])]
+    return torch.tensor([_row(tokenizer, sources[i % len(sources)], make_facts(generator, generator.randint(*facts)), length, generator)
+                         for i in range(rows)])
+
+
+def _sentences(passages: Sequence[str], generator: random.Random) -> list[str]:
+    """The sentences of shuffled passages, each with the white space before it; to be popped from the end, each once."""
+    passages = list(passages)
     generator.shuffle(passages)
-    # Popped from the end, so that every sentence is used once.
-    sentences = [("\n\n" if i == 0 else " ") + sentence for passage in passages
-                 for i, sentence in enumerate(re.split(r"(?<=[.!?])\s+", passage.strip()))][::-1]
-    return torch.tensor([_row(tokenizer, sentences, make_facts(generator, generator.randint(*facts)), length, generator)
-                         for _ in range(rows)])
+    return [("\n\n" if i == 0 else "") + sentence for passage in passages
+            for i, sentence in enumerate(re.split(r"(?<=[.!?])(?=\s)", passage.strip()))][::-1]
 
 
 def _row(tokenizer: Any, sentences: list[str], facts: list[Fact], length: int, generator: random.Random) -> list[int]:

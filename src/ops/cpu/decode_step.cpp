@@ -250,7 +250,7 @@ void attend(const Step<S>& p, int64_t n, int64_t kv) {
   for (size_t i = 0; i < seen.size(); ++i) {
     const T* key = row_of(seen[i], p.key(n, kv, 0), p.state.summary_k);
     const T* query = i < ring_slots || bank_q.empty() ? ring_q.data() : bank_q.data();
-    for (int64_t l = 0; l < lines; ++l) weight[l * seen.size() + i] = fixed_order_dot(query + l * dim, key, dim);
+    dot_lines(weight.data() + i, seen.size(), query, lines, key, dim);
   }
   std::vector<T> out(lines * dim, T(0));
   for (int64_t l = 0; l < lines; ++l) {
@@ -265,7 +265,7 @@ void attend(const Step<S>& p, int64_t n, int64_t kv) {
   }
   for (size_t i = 0; i < seen.size(); ++i) {
     const T* value = row_of(seen[i], p.value(n, kv, 0), p.state.summary_v);
-    for (int64_t l = 0; l < lines; ++l) axpy_row(out.data() + l * dim, value, dim, weight[l * seen.size() + i]);
+    add_to_lines(out.data(), lines, weight.data() + i, seen.size(), value, dim);
   }
   for (int64_t r = 0; r < p.group; ++r) {
     const int64_t at_row = n * p.heads + head_of(r);

@@ -27,9 +27,14 @@ struct HeadParameters {
       : two_streams(theta.has_value()), has_norm(norm_weight.has_value()), eps(norm_eps), pairs(theta_pairs),
         scale(static_cast<T>(scale_.value_or(1.0 / std::sqrt(static_cast<double>(dim))))) {
     if (two_streams) {
-      const auto angle = theta->detach().to(type_of<T>());
-      theta_cos = angle.cos().contiguous();
-      theta_sin = angle.sin().contiguous();
+      // A plain loop: at a decode step ATen's operators on so few angles take longer than the attention itself.
+      const at::Tensor angle = theta->detach().to(type_of<T>()).contiguous();
+      theta_cos = at::empty_like(angle);
+      theta_sin = at::empty_like(angle);
+      for (int64_t i = 0; i < angle.numel(); ++i) {
+        theta_cos.data_ptr<T>()[i] = std::cos(angle.const_data_ptr<T>()[i]);
+        theta_sin.data_ptr<T>()[i] = std::sin(angle.const_data_ptr<T>()[i]);
+      }
     }
     if (has_norm) norm = norm_weight->detach().to(type_of<T>()).contiguous();
   }

@@ -77,6 +77,32 @@ inline T dot_body(const T* __restrict a, const T* __restrict b, int64_t n) {
   return lane[0];
 }
 
+template <class T>
+inline void dot_lines_body(T* __restrict out, int64_t stride, const T* __restrict lines, int64_t count, const T* __restrict x,
+                           int64_t n) {
+  for (int64_t l = 0; l < count; ++l, lines += n) {
+    T lane[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) lane[j] += lines[i + j] * x[i + j];
+    }
+    T total = 0;
+    for (; i < n; ++i) total += lines[i] * x[i];
+    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+      for (int64_t j = 0; j < width; ++j) lane[j] += lane[j + width];
+    }
+    out[l * stride] = total + lane[0];
+  }
+}
+
+template <class T>
+inline void add_to_lines_body(T* __restrict lines, int64_t count, const T* __restrict weight, int64_t stride, const T* __restrict x,
+                              int64_t n) {
+  for (int64_t l = 0; l < count; ++l, lines += n) {
+    for (int64_t i = 0; i < n; ++i) lines[i] += weight[l * stride] * x[i];
+  }
+}
+
 }  // namespace
 
 CODA_TARGET_CLONES float add_bias_and_max(float* x, const float* bias, int64_t n, float peak) {
@@ -108,6 +134,20 @@ CODA_TARGET_CLONES void axpy_row(float* __restrict y, const float* __restrict x,
 }
 CODA_TARGET_CLONES void axpy_row(double* __restrict y, const double* __restrict x, int64_t n, double factor) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+
+CODA_TARGET_CLONES void dot_lines(float* out, int64_t stride, const float* lines, int64_t count, const float* x, int64_t n) {
+  dot_lines_body(out, stride, lines, count, x, n);
+}
+CODA_TARGET_CLONES void dot_lines(double* out, int64_t stride, const double* lines, int64_t count, const double* x, int64_t n) {
+  dot_lines_body(out, stride, lines, count, x, n);
+}
+CODA_TARGET_CLONES void add_to_lines(float* lines, int64_t count, const float* weight, int64_t stride, const float* x, int64_t n) {
+  add_to_lines_body(lines, count, weight, stride, x, n);
+}
+CODA_TARGET_CLONES void add_to_lines(double* lines, int64_t count, const double* weight, int64_t stride, const double* x,
+                                     int64_t n) {
+  add_to_lines_body(lines, count, weight, stride, x, n);
 }
 
 CODA_TARGET_CLONES float fixed_order_dot(const float* a, const float* b, int64_t n) { return dot_body(a, b, n); }

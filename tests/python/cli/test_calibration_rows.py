@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from coda_attn.calibration_rows import WORDINGS, calibration_rows, make_facts
+from coda_attn.evaluation import default_text, library_docs, wiki_summaries
 from coda_attn.models import random_mistral_tiny
 
 PROSE = [f"Passage {i} begins here. It goes on for a while, with {i} words! And it ends." for i in range(400)]
@@ -58,6 +59,24 @@ def test_the_seed_decides(tokenizer):
     first, same, other = (calibration_rows(tokenizer, 2, 2500, seed=seed, prose=PROSE) for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+def test_by_default_encyclopedia_and_documentation_take_turns(tokenizer):
+    rows = [tokenizer.decode(row) for row in calibration_rows(tokenizer, 4, 3000)]
+    wiki, docs = "\n".join(wiki_summaries()), "\n".join(library_docs())
+    for i, row in enumerate(rows):
+        sentences = [s for s in re.split(r"(?<=[.!?])\s+", row) if len(s) > 30]
+        shares = [sum(s in text for s in sentences) / len(sentences) for text in (wiki, docs)]
+        assert shares[i % 2] > 0.3 and shares[1 - i % 2] < 0.1
+
+
+def test_what_is_evaluated_is_not_calibrated_on():
+    def runs(text):
+        words = re.findall(r"\w+", text)
+        return {tuple(words[i:i + 12]) for i in range(len(words) - 11)}
+
+    evaluated = runs(default_text())
+    assert not any(evaluated & runs(text) for text in library_docs())
 
 
 @pytest.mark.parametrize("arguments, said", [
