@@ -172,6 +172,6 @@ def test_gates_that_do_not_fit(model, tmp_path):
 def test_the_shipped_card_says_how_it_was_made():
     card = json.loads(card_path(shipped_gate("smollm2")).read_text())
     assert card["command"].startswith("coda calibrate --model smollm2")
-    assert card["rows"]["count"] == 64
+    assert card["rows"]["count"] == 128
     assert len(card["layers"]) == 30
     assert {row["policy"] for row in card["evaluation"]["rows"]} == {"full", "window", "bounded"}
