@@ -271,7 +271,9 @@ class CodaAttention(nn.Module):
                 raise ValueError(f"{rows} rows were given with a cache of {state.sequences} sequences; "
                                  "use the cache with the batch that it was made for")
         if packing is None:
-            positions = state.tokens_seen[:, None] + torch.arange(length, device=x.device)
+            positions = state.tokens_seen[:, None]
+            if length > 1:
+                positions = positions + torch.arange(length, device=x.device)
         else:
             positions = (state.tokens_seen[packing.row] + packing.step)[None]
         q, k = self.rope(q, positions), self.rope(k, positions)

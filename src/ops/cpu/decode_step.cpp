@@ -20,6 +20,10 @@ struct Step {
   at::Tensor q, k, v, lam, gate, inv_freq, y;
   HeadParameters<T> head;
   int64_t heads, kv_heads, group, dim, groups, window, chunk, exact, summary;
+  // Of the state's tensors: asking a tensor for its data in an inner loop takes longer than the loop.
+  S *keys, *values;
+  T* gates;
+  int64_t *positions, *tokens_seen;
 
   Step(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const std::optional<at::Tensor>& lam_,
        const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate_,
@@ -28,25 +32,19 @@ struct Step {
         gate(gate_.contiguous()), inv_freq(inv_freq_.contiguous()), y(at::empty(q.sizes(), q.options())),
         head(theta, norm_weight, q_.size(-1), attention.scale, attention.theta_pairs, attention.norm_eps), heads(q.size(1)),
         kv_heads(k.size(1)), group(heads / kv_heads), dim(q.size(2)), groups(state.gate.size(1)), window(memory.window),
-        chunk(memory.chunk), exact(state.exact_pos.size(2)), summary(state.summary_mass.size(1)) {
+        chunk(memory.chunk), exact(state.exact_pos.size(2)), summary(state.summary_mass.size(1)), keys(state.k.template data_ptr<S>()), values(state.v.template data_ptr<S>()),
+        gates(state.gate.template data_ptr<T>()), positions(state.exact_pos.template data_ptr<int64_t>()),
+        tokens_seen(state.tokens_seen.template data_ptr<int64_t>()) {
     if (lam_) lam = lam_->contiguous();
   }
 
   int64_t held() const { return window + exact; }
   int64_t group_of(int64_t kv) const { return groups == 1 ? 0 : kv; }
-  int64_t position(int64_t n) const { return state.tokens_seen.template const_data_ptr<int64_t>()[n]; }
-  S* key(int64_t n, int64_t kv, int64_t slot) const {
-    return state.k.template data_ptr<S>() + ((n * kv_heads + kv) * held() + slot) * dim;
-  }
-  S* value(int64_t n, int64_t kv, int64_t slot) const {
-    return state.v.template data_ptr<S>() + ((n * kv_heads + kv) * held() + slot) * dim;
-  }
-  T& gate_of(int64_t n, int64_t g, int64_t slot) const {
-    return state.gate.template data_ptr<T>()[(n * groups + g) * held() + slot];
-  }
-  int64_t& exact_pos(int64_t n, int64_t g, int64_t j) const {
-    return state.exact_pos.template data_ptr<int64_t>()[(n * groups + g) * exact + j];
-  }
+  int64_t position(int64_t n) const { return tokens_seen[n]; }
+  S* key(int64_t n, int64_t kv, int64_t slot) const { return keys + ((n * kv_heads + kv) * held() + slot) * dim; }
+  S* value(int64_t n, int64_t kv, int64_t slot) const { return values + ((n * kv_heads + kv) * held() + slot) * dim; }
+  T& gate_of(int64_t n, int64_t g, int64_t slot) const { return gates[(n * groups + g) * held() + slot]; }
+  int64_t& exact_pos(int64_t n, int64_t g, int64_t j) const { return positions[(n * groups + g) * exact + j]; }
   T mass(int64_t n, int64_t j) const { return state.summary_mass.template const_data_ptr<T>()[n * summary + j]; }
 };
 
@@ -194,13 +192,13 @@ const T* widened(const S* row, int64_t dim, T* buffer) {
   return buffer;
 }
 
-// All query heads of one KV head of one sequence. Few rows meet many slots, each once, so this streams over the slots in place:
-// packing them for a GEMM would cost as much as the products.
+// One stream of all query heads of one KV head of one sequence, into out (G, D). Few rows meet many slots, each once, so this
+// goes over the slots in place: packing them for a GEMM would cost as much as the products.
 template <class S>
-void attend(const Step<S>& p, int64_t n, int64_t kv) {
+void attend(const Step<S>& p, int64_t n, int64_t kv, bool second, acc_t<S>* out) {
   using T = acc_t<S>;
   constexpr T none = -std::numeric_limits<T>::infinity();
-  const int64_t dim = p.dim, lines = p.head.streams() * p.group;
+  const int64_t dim = p.dim, lines = p.group;
   const int64_t position = p.position(n), start = position / p.chunk * p.chunk;
   const int64_t window_begin = std::max<int64_t>(0, start - (p.window - p.chunk));
   const auto head_of = [&](int64_t r) { return kv * p.group + r; };
@@ -214,12 +212,14 @@ void attend(const Step<S>& p, int64_t n, int64_t kv) {
     T* row = ring_q.data() + r * dim;
     load_row(row, p.q.template const_data_ptr<S>() + (n * p.heads + head_of(r)) * dim, dim);
     scale_row(row, dim, p.head.scale);
+    if (second) rotate_row(row, p.head.cos(head_of(r), dim), p.head.sin(head_of(r), dim), dim, p.head.pairs);
     if (bank_q.empty()) continue;
-    std::copy_n(row, dim, bank_q.data() + r * dim);
+    // As prefill does: the turn towards the bank, then R_theta.
+    load_row(bank_q.data() + r * dim, p.q.template const_data_ptr<S>() + (n * p.heads + head_of(r)) * dim, dim);
     rotate_row(bank_q.data() + r * dim, cos.data(), sin.data(), dim, p.options.rope_pairs);
+    scale_row(bank_q.data() + r * dim, dim, p.head.scale);
+    if (second) rotate_row(bank_q.data() + r * dim, p.head.cos(head_of(r), dim), p.head.sin(head_of(r), dim), dim, p.head.pairs);
   }
-  second_stream(ring_q.data(), p.group, dim, p.head, head_of);
-  if (!bank_q.empty()) second_stream(bank_q.data(), p.group, dim, p.head, head_of);
 
   // Slots in use, and their biases.
   std::vector<int64_t> seen;
@@ -252,7 +252,7 @@ void attend(const Step<S>& p, int64_t n, int64_t kv) {
     const T* query = i < ring_slots || bank_q.empty() ? ring_q.data() : bank_q.data();
     dot_lines(weight.data() + i, seen.size(), query, lines, key, dim);
   }
-  std::vector<T> out(lines * dim, T(0));
+  std::fill_n(out, lines * dim, T(0));
   for (int64_t l = 0; l < lines; ++l) {
     T* row = weight.data() + l * seen.size();
     const T peak = add_bias_and_max(row, bias.data(), seen.size(), none);
@@ -265,13 +265,19 @@ void attend(const Step<S>& p, int64_t n, int64_t kv) {
   }
   for (size_t i = 0; i < seen.size(); ++i) {
     const T* value = row_of(seen[i], p.value(n, kv, 0), p.state.summary_v);
-    add_to_lines(out.data(), lines, weight.data() + i, seen.size(), value, dim);
+    add_to_lines(out, lines, weight.data() + i, seen.size(), value, dim);
   }
-  for (int64_t r = 0; r < p.group; ++r) {
-    const int64_t at_row = n * p.heads + head_of(r);
-    const T lam = p.head.two_streams ? static_cast<T>(p.lam.template const_data_ptr<S>()[at_row]) : T(0);
-    finish_row(p.y.template data_ptr<S>() + at_row * dim, out.data() + r * dim,
-               p.head.two_streams ? out.data() + (p.group + r) * dim : nullptr, lam, p.head, dim);
+}
+
+// y from the streams (streams, N, H, D).
+template <class S>
+void finish(const Step<S>& p, acc_t<S>* out) {
+  using T = acc_t<S>;
+  const int64_t rows = p.q.size(0) * p.heads;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T lam = p.head.two_streams ? static_cast<T>(p.lam.template const_data_ptr<S>()[r]) : T(0);
+    finish_row(p.y.template data_ptr<S>() + r * p.dim, out + r * p.dim, p.head.two_streams ? out + (rows + r) * p.dim : nullptr, lam,
+               p.head, p.dim);
   }
 }
 
@@ -285,15 +291,18 @@ at::Tensor decode_step_(const at::Tensor& q, const at::Tensor& k, const at::Tens
     const Step<scalar_t> p(q, k, v, lam, theta, norm_weight, gate, state, inv_freq, memory, CODA_ATTENTION_OPTIONS);
     const auto stay = staying_rates<acc_t<scalar_t>>(eta_logit);
     const int64_t sequences = p.q.size(0);
+    const int64_t units = sequences * p.kv_heads;
     for (int64_t n = 0; n < sequences; ++n) evict(p, n, stay);
-    at::parallel_for(0, sequences * p.kv_heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        write_ring(p, unit / p.kv_heads, unit % p.kv_heads);
-        attend(p, unit / p.kv_heads, unit % p.kv_heads);
+    for (int64_t unit = 0; unit < units; ++unit) write_ring(p, unit / p.kv_heads, unit % p.kv_heads);
+    std::vector<acc_t<scalar_t>> out(p.head.streams() * units * p.group * p.dim);
+    at::parallel_for(0, p.head.streams() * units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t unit = i % units;
+        attend(p, unit / p.kv_heads, unit % p.kv_heads, i >= units, out.data() + i * p.group * p.dim);
       }
     });
-    int64_t* seen = p.state.tokens_seen.template data_ptr<int64_t>();
-    for (int64_t n = 0; n < sequences; ++n) ++seen[n];
+    finish(p, out.data());
+    for (int64_t n = 0; n < sequences; ++n) ++p.tokens_seen[n];
     return p.y;
   });
 }

@@ -31,9 +31,11 @@ struct HeadParameters {
       const at::Tensor angle = theta->detach().to(type_of<T>()).contiguous();
       theta_cos = at::empty_like(angle);
       theta_sin = at::empty_like(angle);
+      const T* phase = angle.const_data_ptr<T>();
+      T *cosine = theta_cos.data_ptr<T>(), *sine = theta_sin.data_ptr<T>();
       for (int64_t i = 0; i < angle.numel(); ++i) {
-        theta_cos.data_ptr<T>()[i] = std::cos(angle.const_data_ptr<T>()[i]);
-        theta_sin.data_ptr<T>()[i] = std::sin(angle.const_data_ptr<T>()[i]);
+        cosine[i] = std::cos(phase[i]);
+        sine[i] = std::sin(phase[i]);
       }
     }
     if (has_norm) norm = norm_weight->detach().to(type_of<T>()).contiguous();

@@ -80,18 +80,16 @@ inline T dot_body(const T* __restrict a, const T* __restrict b, int64_t n) {
 template <class T>
 inline void dot_lines_body(T* __restrict out, int64_t stride, const T* __restrict lines, int64_t count, const T* __restrict x,
                            int64_t n) {
+  constexpr int64_t lanes = 8;  // more would have to be folded again
   for (int64_t l = 0; l < count; ++l, lines += n) {
-    T lane[kLanes] = {};
+    T lane[lanes] = {};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int64_t j = 0; j < kLanes; ++j) lane[j] += lines[i + j] * x[i + j];
+    for (; i + lanes <= n; i += lanes) {
+      for (int64_t j = 0; j < lanes; ++j) lane[j] += lines[i + j] * x[i + j];
     }
     T total = 0;
     for (; i < n; ++i) total += lines[i] * x[i];
-    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-      for (int64_t j = 0; j < width; ++j) lane[j] += lane[j + width];
-    }
-    out[l * stride] = total + lane[0];
+    out[l * stride] = total + (((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7])));
   }
 }
 
