@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(8 * kWarp) exact_slots_kernel(BoundedAttention
     const ChunkView<T> chunk(sequence, i);
     A bias[kKeys];
     bool any = false;
+    __syncwarp();  // lanes may still be reading the lines for the chunk before
 #pragma unroll
     for (int l = 0; l < kKeys; ++l) {
       const int slot = slot0 + l;

@@ -17,8 +17,8 @@ from ..models import SMOLLM2
 from . import options
 from .generate import continuation
 
-_LENGTHS = (512, 1024, 2048)
-_SEQUENCES, _PROMPT_TOKENS, _NEW_TOKENS = 4, 4096, 60
+_READ = {512: 2048, 1024: 4096, 2048: 12288}  # tokens of sequences of each length
+_PROMPT_TOKENS, _NEW_TOKENS = 4096, 60
 _TOKENS_READ = tuple(2 ** n for n in range(7, 18))
 _COLOURS = {"full": "#7f7f7f", "window": "#e08214", "bounded": "#2166ac"}
 
@@ -55,13 +55,14 @@ def demo(text: Optional[str], out: str, model: str, as_json: bool) -> None:
     say(f"Loading {model}; the whole demo takes under 5 minutes on 2 cores.")
     converted, tokenizer = options.load_converted(model, {"preset": None, "fields": {}}, "auto")
     tokens = options.read_tokens(tokenizer, text)
-    check_lengths(_LENGTHS, len(tokens))
+    check_lengths(tuple(_READ), len(tokens))
     lap("load")
-    say(f"Loaded in {seconds['load']} s. Reading {_SEQUENCES} sequences of each length from {text or 'the topics of Python help'}.")
-    total = sum(tokens_to_read(tokens, [length], _SEQUENCES * length) for length in _LENGTHS)
+    total = sum(tokens_to_read(tokens, [length], most) for length, most in _READ.items())
+    say(f"Loaded in {seconds['load']} s. Reading {total:,} tokens of {text or 'the topics of Python help'} in sequences of "
+        f"{', '.join(map(str, _READ))}, with each of {', '.join(POLICIES)}.")
     with options.progress_bar(len(POLICIES) * total, "reading") as bar:
-        rows = [row for length in _LENGTHS
-                for row in perplexity_rows(converted, tokens, [length], max_tokens=_SEQUENCES * length, progress=bar.update)]
+        rows = [row for length, most in _READ.items()
+                for row in perplexity_rows(converted, tokens, [length], max_tokens=most, progress=bar.update)]
     lap("perplexity")
     memory = memory_rows(ModelShape.of(converted.config), _TOKENS_READ)
     if not as_json:
@@ -108,7 +109,7 @@ def plot(rows: list[dict[str, Any]], memory: list[dict[str, Any]], model: str, p
                       label=f"{policy}, {slots}", linewidth=2)
     ppl_axis.set(title="Perplexity, lower is better", xlabel="tokens per sequence", ylabel="perplexity")
     ppl_axis.set_xscale("log", base=2)
-    ppl_axis.set_xticks(_LENGTHS, [str(length) for length in _LENGTHS])
+    ppl_axis.set_xticks(tuple(_READ), list(map(str, _READ)))
     ppl_axis.minorticks_off()
     for axis in (bytes_axis, ppl_axis):
         axis.grid(alpha=0.3)
