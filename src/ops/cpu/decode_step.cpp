@@ -212,13 +212,16 @@ void attend(const Step<S>& p, int64_t n, int64_t kv, bool second, acc_t<S>* out)
     T* row = ring_q.data() + r * dim;
     load_row(row, p.q.template const_data_ptr<S>() + (n * p.heads + head_of(r)) * dim, dim);
     scale_row(row, dim, p.head.scale);
-    if (second) rotate_row(row, p.head.cos(head_of(r), dim), p.head.sin(head_of(r), dim), dim, p.head.pairs);
-    if (bank_q.empty()) continue;
-    // As prefill does: the turn towards the bank, then R_theta.
-    load_row(bank_q.data() + r * dim, p.q.template const_data_ptr<S>() + (n * p.heads + head_of(r)) * dim, dim);
-    rotate_row(bank_q.data() + r * dim, cos.data(), sin.data(), dim, p.options.rope_pairs);
-    scale_row(bank_q.data() + r * dim, dim, p.head.scale);
-    if (second) rotate_row(bank_q.data() + r * dim, p.head.cos(head_of(r), dim), p.head.sin(head_of(r), dim), dim, p.head.pairs);
+    const auto turn_second = [&](T* query) {
+      if (second) rotate_row(query, p.head.cos(head_of(r), dim), p.head.sin(head_of(r), dim), dim, p.head.pairs);
+    };
+    if (!bank_q.empty()) {
+      T* towards_bank = bank_q.data() + r * dim;
+      std::copy_n(row, dim, towards_bank);
+      rotate_row(towards_bank, cos.data(), sin.data(), dim, p.options.rope_pairs);
+      turn_second(towards_bank);
+    }
+    turn_second(row);
   }
 
   // Slots in use, and their biases.
