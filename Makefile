@@ -7,7 +7,8 @@ SYSTEM ?=
 CUDA ?= AUTO
 VENV ?= .venv
 BUILD ?= build
-SANITIZE_TESTS ?= tests/python/ops -m gpu -k opcheck
+SANITIZE_TESTS ?= tests/python/ops -m gpu -k "opcheck or small_problem"
+INITCHECK_TESTS ?= tests/python/ops/test_diff_attention_paths.py -m gpu -k small_problem
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
@@ -38,11 +39,13 @@ bench: $(VENV)/.built
 	python -m benchmarks.run --all
 
 # Without torch's caching allocator, so that each tensor has bounds of its own. Only our kernels are checked, but by initcheck,
-# which has to see who wrote their inputs.
+# which has to see who wrote their inputs and takes its time.
+SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 sanitize: $(VENV)/.built
-	set -e; for tool in "memcheck --kernel-name kns=coda" "racecheck --kernel-name kns=coda" "synccheck --kernel-name kns=coda" initcheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 python -m pytest $(SANITIZE_TESTS); \
+	set -e; for tool in memcheck racecheck synccheck; do \
+	  $(SANITIZER) --tool $$tool --kernel-name kns=coda python -m pytest $(SANITIZE_TESTS); \
 	done
+	$(SANITIZER) --tool initcheck python -m pytest $(INITCHECK_TESTS)
 
 format: $(VENV)/.installed-format
 	clang-format -i $$(find include kernels src python/bindings tests/cpp tests/cmake-project \

@@ -17,9 +17,10 @@ TORCH_LIBRARY(coda, m) {
 
   m.def("diff_attention(Tensor q, Tensor k, Tensor v, Tensor? lam=None, Tensor? theta=None, Tensor? norm_weight=None, "
         "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, bool causal=True, " CODA_ATTENTION_SCHEMA ") -> Tensor");
+  m.def("diff_attention_path(Tensor q, *, float? scale=None) -> (str path, str reason)");
   m.def("_diff_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, Tensor? norm_weight, "
         "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, *, bool causal, " CODA_ATTENTION_SCHEMA
-        ") -> (Tensor y, Tensor o2, Tensor diff, Tensor lse)");
+        ", bool save=True) -> (Tensor y, Tensor o2, Tensor diff, Tensor lse)");
   m.def("_diff_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, "
         "Tensor? norm_weight, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor y, Tensor o2, Tensor diff, Tensor lse, *, "
         "bool causal, " CODA_ATTENTION_SCHEMA

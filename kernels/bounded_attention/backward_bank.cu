@@ -58,7 +58,7 @@ __device__ inline void gather_chunk(KeyState<acc_t<T>>& state, const Workspace<a
         const int64_t from = chunk.at(row0 + j) * dim;
         load_row(work.queries + j * stride, static_cast<const T*>(p.q) + from, dim);
         turn_query(work.queries + j * stride, dim, chunk.turn(row0 + j, stream, work.angles));
-        if (stream == 0) load_row(work.grads + j * stride, static_cast<const A*>(p.grad_diff) + from, dim);
+        if (stream == 0) load_row(work.grads + j * stride, static_cast<const T*>(p.grad_diff) + from, dim);
       }
       __syncthreads();
       if (stream == 0) dot_lines(dp, work.value_lines, work.grads + lane_id() * stride, dim);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(8 * kWarp) backward_rows_kernel(BoundedAttenti
   };
   for (int r = 0; r < warp_rows; ++r) {
     const bool real = row0 + r < chunk.rows();
-    load_row(grads + r * stride, real ? static_cast<const A*>(p.grad_diff) + chunk.at(row0 + r) * dim : nullptr, dim);
+    load_row(grads + r * stride, real ? static_cast<const T*>(p.grad_diff) + chunk.at(row0 + r) * dim : nullptr, dim);
   }
   LineGradient<A> mine{A(0), A(0), A(0)};
   if (lane_id() < kLines && row0 + lane_id() % warp_rows < chunk.rows()) {

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(8 * kWarp) window_kernel(BoundedAttentionBackw
           const A* theta = static_cast<const A*>(p.theta) + sequence.head(row0 + j) * (dim / 2);
           turn_query(queries + j * stride, dim, QueryTurn<A>{nullptr, false, theta, p.theta_interleaved});
         } else {
-          load_row(grads + j * stride, static_cast<const A*>(p.grad_diff) + from, dim);
+          load_row(grads + j * stride, static_cast<const T*>(p.grad_diff) + from, dim);
         }
       }
       __syncthreads();

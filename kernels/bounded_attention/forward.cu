@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(8 * kWarp) forward_kernel(BoundedAttentionForw
           return row < chunk.rows() && position + lane_id() <= chunk.position(row) ? dot * scale : neg_inf<A>();
         });
   });
-  const RowOutputs<T> to{static_cast<T*>(p.y),           static_cast<A*>(p.o2),        static_cast<A*>(p.diff),
+  const RowOutputs<T> to{static_cast<T*>(p.y),           static_cast<T*>(p.o2),        static_cast<T*>(p.diff),
                          static_cast<A*>(p.lse),         static_cast<const A*>(p.lam), static_cast<const A*>(p.norm_weight),
                          static_cast<A>(p.norm_eps)};
   finish_rows(to, state, p.streams, dim, p.tokens * p.heads,

@@ -40,14 +40,14 @@ struct BoundedAttentionParams {
 
 struct BoundedAttentionForward : BoundedAttentionParams {
   void* y;     // out (T, H, D)
-  void* o2;    // out (T, H, D) A, null with one stream
-  void* diff;  // out (T, H, D) A: o1 - lam o2, null without norm
+  void* o2;    // out (T, H, D) of the storage type, null with one stream
+  void* diff;  // out (T, H, D) of the storage type: o1 - lam o2, null without norm
   void* lse;   // out (streams, T, H) A
 };
 
 struct BoundedAttentionBackward : BoundedAttentionParams {
   const void* lse;        // (streams, T, H) A
-  const void* grad_diff;  // (T, H, D) A, from output_gradient
+  const void* grad_diff;  // (T, H, D) of the storage type, from output_gradient
   const void* delta;      // (streams, T, H) A, likewise
   void* grad_q;           // out (T, H, D)
   void* grad_k;           // out (T, Hkv, D)

@@ -68,9 +68,9 @@ __device__ inline void attend_tile(RowState<A>& state, const A* lines, A* tile, 
 template <class T>
 struct RowOutputs {
   T* y;                         // (T, H, D)
-  acc_t<T>* o2;                 // (T, H, D) or null
-  acc_t<T>* diff;               // (T, H, D) or null
-  acc_t<T>* lse;                // (streams, T, H)
+  T* o2;                        // (T, H, D) or null
+  T* diff;                      // (T, H, D) or null
+  acc_t<T>* lse;                // (streams, T, H) or null
   const acc_t<T>* lam;          // (T, H) or null
   const acc_t<T>* norm_weight;  // (D) or null
   acc_t<T> norm_eps;
@@ -84,7 +84,7 @@ __device__ inline void finish_row(const RowOutputs<T>& to, acc_t<T> (&o1)[kVec],
   if (to.lam) {
     const A lam = to.lam[at];
     for_elements(dim, [&](int i, int d) {
-      if (to.o2) to.o2[at * dim + d] = o2[i];
+      if (to.o2) to.o2[at * dim + d] = narrow<T>(o2[i]);
       o1[i] -= lam * o2[i];
     });
   }
@@ -95,7 +95,7 @@ __device__ inline void finish_row(const RowOutputs<T>& to, acc_t<T> (&o1)[kVec],
     rstd = A(1) / sqrt(warp_sum(square) / dim + to.norm_eps);
   }
   for_elements(dim, [&](int i, int d) {
-    if (to.diff) to.diff[at * dim + d] = o1[i];
+    if (to.diff) to.diff[at * dim + d] = narrow<T>(o1[i]);
     to.y[at * dim + d] = narrow<T>(to.norm_weight ? o1[i] * rstd * to.norm_weight[d] : o1[i]);
   });
 }
@@ -124,7 +124,7 @@ __device__ inline void finish_rows(const RowOutputs<T>& to, RowState<acc_t<T>>& 
   for (int l = 0; l < kLines; ++l) {
     const int rows = rows_per_warp(streams);
     const int64_t where = at(l % rows);
-    if (where >= 0 && lane_id() == 0) {
+    if (to.lse && where >= 0 && lane_id() == 0) {
       to.lse[(l / rows) * size + where] = log_sum_exp(state.peak[l], state.total[l]);
     }
   }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ def diff_attention(q: Tensor, k: Tensor, v: Tensor, lam: Optional[Tensor] = None
     """
     return _ops.diff_attention(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal=causal, scale=scale,
                                theta_pairs=theta_pairs, norm_eps=norm_eps)
+
+
+class Path(NamedTuple):
+    """Which kernels serve a call, and why."""
+
+    path: str  #: "sm90" (wgmma, TMA), "sm80" (mma.sync), "portable" (any dtype and head dimension), or "cpu"
+    reason: str
+
+
+def diff_attention_path(q: Tensor, *, scale: Optional[float] = None) -> Path:
+    """The kernels that ``diff_attention`` takes for queries like ``q`` (..., D).
+
+    The environment variable CODA_DIFF_ATTENTION_PATH names a slower one than the best, for tests and measurements.
+    """
+    return Path(*_ops.diff_attention_path(q, scale=scale))
 
 
 def bounded_attention(q: Tensor, k: Tensor, v: Tensor, lam: Optional[Tensor], theta: Optional[Tensor], gate: Tensor,

@@ -12,11 +12,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch::diff_attent
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight,
     const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
-    CODA_ATTENTION_PARAMS) {
+    CODA_ATTENTION_PARAMS, bool save) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("coda::_diff_attention_forward", "")
                              .typed<decltype(dispatch::diff_attention_forward)>();
-  return op.call(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal, CODA_ATTENTION_ARGS);
+  return op.call(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal, CODA_ATTENTION_ARGS, save);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch::diff_attention_backward(
@@ -41,7 +41,7 @@ at::Tensor diff_attention_explicit(const at::Tensor& q, const at::Tensor& k, con
                                    const std::optional<at::Tensor>& cu_seqlens_k, bool causal, CODA_ATTENTION_PARAMS) {
   check_diff_attention(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k);
   return std::get<0>(dispatch::diff_attention_forward(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal,
-                                                      CODA_ATTENTION_ARGS));
+                                                      CODA_ATTENTION_ARGS, /*save=*/false));
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> diff_attention_forwar
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight,
     const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
-    CODA_ATTENTION_PARAMS);
+    CODA_ATTENTION_PARAMS, bool save);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> diff_attention_backward(
     const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

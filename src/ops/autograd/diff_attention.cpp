@@ -18,7 +18,7 @@ struct DiffAttention : torch::autograd::Function<DiffAttention> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, o2, diff, lse] =
         dispatch::diff_attention_forward(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, options->causal,
-                                         CODA_ATTENTION_VALUES(options->attention));
+                                         CODA_ATTENTION_VALUES(options->attention), /*save=*/true);
     ctx->save_for_backward({q, k, v, or_undefined(lam), or_undefined(theta), or_undefined(norm_weight),
                             or_undefined(cu_seqlens_q), or_undefined(cu_seqlens_k), y, o2, diff, lse});
     save(ctx, options);

@@ -86,9 +86,9 @@ struct Problem {
 };
 
 template <class S>
-AttentionOutputs<S> forward(const Problem<S>& p) {
+AttentionOutputs<S> forward(const Problem<S>& p, bool save) {
   using T = acc_t<S>;
-  AttentionOutputs<S> out(p.q, p.head);
+  AttentionOutputs<S> out(p.q, p.head, save);
   struct Unit {
     size_t span;
     int64_t kv, t0, t1;
@@ -190,9 +190,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> diff_attention_forwar
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight,
     const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
-    CODA_ATTENTION_PARAMS) {
+    CODA_ATTENTION_PARAMS, bool save) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "coda::diff_attention", [&] {
-    return forward(Problem<scalar_t>(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal, CODA_ATTENTION_ARGS))
+    return forward(Problem<scalar_t>(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal, CODA_ATTENTION_ARGS),
+                   save)
         .tensors();
   });
 }
@@ -214,9 +215,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           norm_weight ? grad_norm.to(norm_weight->scalar_type()) : none};
 }
 
+std::tuple<std::string, std::string> diff_attention_path(const at::Tensor& /*q*/, std::optional<double> /*scale*/) {
+  return {"cpu", "q is on the CPU"};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(coda, CPU, m) {
+  m.impl("diff_attention_path", diff_attention_path);
   m.impl("_diff_attention_forward", diff_attention_forward);
   m.impl("_diff_attention_backward", diff_attention_backward);
 }

@@ -111,18 +111,18 @@ template <class S>
 struct AttentionOutputs {
   using T = acc_t<S>;
   at::Tensor y;        // like q
-  at::Tensor o2;       // like q in T, or of size 0 with one stream
-  at::Tensor diff;     // like q in T: o1 - lam o2, or of size 0 without norm
-  at::Tensor lse;      // (streams, T, H)
+  at::Tensor o2;       // like q, or of size 0 with one stream
+  at::Tensor diff;     // like q: o1 - lam o2, or of size 0 without norm
+  at::Tensor lse;      // (streams, T, H) in T
 
-  AttentionOutputs(const at::Tensor& q, const HeadParameters<T>& p) {
-    const at::TensorOptions wide = q.options().dtype(type_of<T>());
-    const auto saved = [&](bool present) { return present ? at::empty(q.sizes(), wide) : at::empty({0}, wide); };
+  // Without `save`, y alone.
+  AttentionOutputs(const at::Tensor& q, const HeadParameters<T>& p, bool save = true) {
+    const auto saved = [&](bool present) { return present ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options()); };
     const int64_t heads = q.size(-2), tokens = q.numel() / (heads * q.size(-1));
     y = at::empty(q.sizes(), q.options());
-    o2 = saved(p.two_streams);
-    diff = saved(p.has_norm);
-    lse = at::empty({p.streams(), tokens, heads}, wide);
+    o2 = saved(save && p.two_streams);
+    diff = saved(save && p.has_norm);
+    lse = at::empty({save ? p.streams() : 0, tokens, heads}, q.options().dtype(type_of<T>()));
   }
 
   AttentionOutputs(const at::Tensor& y_, const at::Tensor& o2_, const at::Tensor& diff_, const at::Tensor& lse_)
@@ -139,10 +139,10 @@ struct AttentionOutputs {
       if (at(r) < 0) continue;
       T* o1 = block.out + r * dim;
       const T* second = p.two_streams ? block.out + (rows + r) * dim : nullptr;
-      if (second) std::copy_n(second, dim, o2.data_ptr<T>() + at(r) * dim);
+      if (o2.numel() > 0) store_row(o2.data_ptr<S>() + at(r) * dim, second, dim);
       finish_row(y.data_ptr<S>() + at(r) * dim, o1, second, lam(r), p, dim);
-      if (p.has_norm) std::copy_n(o1, dim, diff.data_ptr<T>() + at(r) * dim);
-      for (int64_t s = 0; s < p.streams(); ++s) lse.data_ptr<T>()[s * lse.size(1) * lse.size(2) + at(r)] = row_lse[s * rows + r];
+      if (diff.numel() > 0) store_row(diff.data_ptr<S>() + at(r) * dim, o1, dim);
+      for (int64_t s = 0; s < lse.size(0); ++s) lse.data_ptr<T>()[s * lse.size(1) * lse.size(2) + at(r)] = row_lse[s * rows + r];
     }
   }
 };
@@ -160,7 +160,7 @@ struct RowGradients {
                const AttentionOutputs<S>& saved, At at, Lam lam_of, const at::Tensor& grad_lam, T* grad_norm)
       : g(g_), lam(rows), d(rows * p.streams()), lse(rows * p.streams()) {
     const int64_t size = saved.lse.size(1) * saved.lse.size(2);
-    std::vector<T> difference(dim);
+    std::vector<T> difference(dim), second(dim);
     for (int64_t r = 0; r < rows; ++r) {
       T* row = g + r * dim;
       if (at(r) < 0) {
@@ -169,17 +169,13 @@ struct RowGradients {
         continue;
       }
       load_row(row, grad_y.const_data_ptr<S>() + at(r) * dim, dim);
-      if (p.has_norm) {
-        load_row(difference.data(), saved.diff.template const_data_ptr<T>() + at(r) * dim, dim);
-      } else {
-        load_row(difference.data(), saved.y.template const_data_ptr<S>() + at(r) * dim, dim);
-      }
+      load_row(difference.data(), (p.has_norm ? saved.diff : saved.y).template const_data_ptr<S>() + at(r) * dim, dim);
       norm_backward_row(row, difference.data(), p, dim, grad_norm);
       lam[r] = lam_of(r);
       T along_second = 0, along_diff = 0;
       for (int64_t i = 0; i < dim; ++i) along_diff += row[i] * difference[i];
       if (p.two_streams) {
-        const T* second = saved.o2.template const_data_ptr<T>() + at(r) * dim;
+        load_row(second.data(), saved.o2.template const_data_ptr<S>() + at(r) * dim, dim);
         for (int64_t i = 0; i < dim; ++i) along_second += row[i] * second[i];
         d[rows + r] = along_second;
         grad_lam.data_ptr<S>()[at(r)] = static_cast<S>(-along_second);

@@ -77,7 +77,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
                         inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
-  const auto saved = [&](bool present) { return present ? at::empty(q.sizes(), wide(q)) : at::empty({0}, wide(q)); };
+  const auto saved = [&](bool present) { return present ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options()); };
   const auto y = at::empty(q.sizes(), q.options()), o2 = saved(lam.has_value()), diff = saved(norm_weight.has_value());
   const auto lse = at::empty({problem.params.streams, q.size(0), q.size(1)}, wide(q));
   auto p = with_outputs<kernels::BoundedAttentionForward>(problem.params);

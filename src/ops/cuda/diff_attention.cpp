@@ -1,4 +1,10 @@
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include <ATen/cuda/CUDAContext.h>
 #include <kernels/diff_attention/launch.h>
+#include <kernels/diff_attention/path.h>
 #include <torch/library.h>
 
 #include "../memory_args.h"
@@ -7,8 +13,70 @@
 namespace coda::cuda {
 namespace {
 
+using kernels::Path;
+
+constexpr const char* kPathVariable = "CODA_DIFF_ATTENTION_PATH";
+constexpr const char* name_of(Path path) {
+  return path == Path::kSm90 ? "sm90" : path == Path::kSm80 ? "sm80" : "portable";
+}
+
+// The path of a call, or the one that the environment names for tests and measurements.
+kernels::PathChoice choose_path(const at::Tensor& q, double scale) {
+  const auto* device = at::cuda::getDeviceProperties(q.device().index());
+  const auto best = kernels::diff_attention_path(10 * device->major + device->minor, dtype_of(q),
+                                                 static_cast<int>(q.size(-1)), scale);
+  const char* wanted = std::getenv(kPathVariable);
+  if (!wanted || !*wanted) return best;
+  for (const Path path : {Path::kPortable, Path::kSm80, Path::kSm90}) {
+    if (std::string_view(wanted) != name_of(path)) continue;
+    TORCH_CHECK_VALUE(path <= best.path, kPathVariable, "=", wanted, " cannot serve this call, whose fastest path is ",
+                      name_of(best.path), " (", best.reason, "); unset it");
+    return {path, "named by CODA_DIFF_ATTENTION_PATH"};
+  }
+  TORCH_CHECK_VALUE(false, kPathVariable, "=", wanted, " is not a path; use portable, sm80 or sm90, or unset it");
+}
+
+// What a path is made of.
+struct Kernels {
+  decltype(&kernels::portable::diff_attention_forward) forward;
+  decltype(&kernels::portable::diff_attention_backward_needs) needs;
+  decltype(&kernels::portable::diff_attention_backward) backward;
+};
+Kernels kernels_of(Path path) {
+  switch (path) {
+    case Path::kSm90:
+      return {kernels::sm90::diff_attention_forward, kernels::sm90::diff_attention_backward_needs,
+              kernels::sm90::diff_attention_backward};
+    case Path::kSm80:
+      return {kernels::sm80::diff_attention_forward, kernels::sm80::diff_attention_backward_needs,
+              kernels::sm80::diff_attention_backward};
+    default:
+      return {kernels::portable::diff_attention_forward, kernels::portable::diff_attention_backward_needs,
+              kernels::portable::diff_attention_backward};
+  }
+}
+
+// As projections give it where the path can read that: rows of contiguous elements that begin at multiples of 16 bytes.
+at::Tensor readable(const at::Tensor& t, Path path) {
+  if (path == Path::kPortable) return t.contiguous();
+  const auto aligned = [](const at::Tensor& x) {
+    if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) return false;
+    if (x.stride(-1) != 1) return false;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+      if (x.size(i) > 1 && (x.stride(i) <= 0 || x.stride(i) * x.element_size() % 16 != 0)) return false;
+    }
+    return true;
+  };
+  return t.numel() == 0 || aligned(t) ? t : t.clone(at::MemoryFormat::Contiguous);
+}
+
+kernels::Strides strides_of(const at::Tensor& t) {
+  return {t.dim() == 4 ? t.stride(0) : 0, t.stride(-3), t.stride(-2)};
+}
+
 // The arguments in the form that kernels take; keeps the tensors alive.
 struct Problem {
+  Path path;
   at::Tensor q, k, v, lam, theta, norm_weight, cu_q, cu_k;
   kernels::DiffAttentionParams params{};
 
@@ -16,8 +84,8 @@ struct Problem {
           const std::optional<at::Tensor>& theta_, const std::optional<at::Tensor>& norm_weight_,
           const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
           const AttentionOptions& options)
-      : q(q_.contiguous()), k(k_.contiguous()), v(v_.contiguous()), lam(widened(lam_, q_)), theta(widened(theta_, q_)),
-        norm_weight(widened(norm_weight_, q_)) {
+      : path(choose_path(q_, scale_of(options, q_.size(-1))).path), q(readable(q_, path)), k(readable(k_, path)),
+        v(readable(v_, path)), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)) {
     auto& p = params;
     p.heads = static_cast<int>(q.size(-2));
     p.kv_heads = static_cast<int>(k.size(-2));
@@ -43,6 +111,9 @@ struct Problem {
     p.q = read(q);
     p.k = read(k);
     p.v = read(v);
+    p.q_strides = strides_of(q);
+    p.k_strides = strides_of(k);
+    p.v_strides = strides_of(v);
     p.lam = read(lam);
     p.theta = read(theta);
     p.norm_weight = read(norm_weight);
@@ -53,18 +124,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight,
     const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
-    CODA_ATTENTION_PARAMS) {
+    CODA_ATTENTION_PARAMS, bool save) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem problem(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal, CODA_ATTENTION_OPTIONS);
-  const auto saved = [&](bool present) { return present ? at::empty(q.sizes(), wide(q)) : at::empty({0}, wide(q)); };
+  const auto saved = [&](bool present) {
+    return save && present ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options());
+  };
   const auto y = at::empty(q.sizes(), q.options()), o2 = saved(lam.has_value()), diff = saved(norm_weight.has_value());
-  const auto lse = at::empty({problem.params.streams, problem.params.queries, q.size(-2)}, wide(q));
+  const auto lse = at::empty({save ? problem.params.streams : 0, problem.params.queries, q.size(-2)}, wide(q));
   auto p = with_outputs<kernels::DiffAttentionForward>(problem.params);
   p.y = data(y);
   p.o2 = data(o2);
   p.diff = data(diff);
   p.lse = data(lse);
-  C10_CUDA_CHECK(kernels::diff_attention_forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(kernels_of(problem.path).forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   return {y, o2, diff, lse};
 }
 
@@ -78,22 +151,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Problem problem(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal, CODA_ATTENTION_OPTIONS);
   const auto out = output_gradient(grad_y.contiguous(), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
                                    problem.norm_weight, norm_eps);
-  const auto lse = lse_.contiguous();
+  const auto lse = lse_.contiguous(), grad_diff = readable(out.grad_diff, problem.path);
   const auto grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
              grad_v = at::empty(v.sizes(), v.options());
   const auto dtype = dtype_of(q);
+  const auto path = kernels_of(problem.path);
+  const auto needs = path.needs(problem.params, dtype);
   auto p = with_outputs<kernels::DiffAttentionBackward>(problem.params);
   const auto theta_partial =
-      theta ? at::zeros({kernels::diff_attention_backward_row_blocks(p, dtype), p.heads, p.dim / 2}, wide(q))
-            : at::empty({0}, wide(q));
+      theta ? at::zeros({needs.theta_shares, p.heads, p.dim / 2}, wide(q)) : at::empty({0}, wide(q));
+  const auto scratch = workspace(needs.workspace_bytes, q);
   p.lse = read(lse);
-  p.grad_diff = read(out.grad_diff);
+  p.grad_diff = read(grad_diff);
   p.delta = read(out.delta);
   p.grad_q = data(grad_q);
   p.grad_k = data(grad_k);
   p.grad_v = data(grad_v);
   p.theta_partial = data(theta_partial);
-  C10_CUDA_CHECK(kernels::diff_attention_backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
+  p.workspace = data(scratch);
+  C10_CUDA_CHECK(path.backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
   return {grad_q,
           grad_k,
           grad_v,
@@ -102,9 +178,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           gradient_like(out.grad_norm_weight, norm_weight)};
 }
 
+std::tuple<std::string, std::string> path(const at::Tensor& q, std::optional<double> scale) {
+  const auto choice = choose_path(q, scale.value_or(1.0));
+  return {name_of(choice.path), choice.reason};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(coda, CUDA, m) {
+  m.impl("diff_attention_path", path);
   m.impl("_diff_attention_forward", forward);
   m.impl("_diff_attention_backward", backward);
 }

@@ -102,8 +102,8 @@ inline BankKeys bank_keys(const at::Tensor& k, const State& state, const at::Ten
 // The gradient of o1 - lam o2 and what else of the backward precedes the softmaxes. All tensors contiguous, lam and
 // norm_weight in the accumulation type or undefined.
 struct OutputGradient {
-  at::Tensor grad_diff;         // (T, H, D)
-  at::Tensor delta;             // (streams, T, H)
+  at::Tensor grad_diff;         // like y
+  at::Tensor delta;             // (streams, T, H), with what follows in the accumulation type
   at::Tensor grad_norm_weight;  // (D), or of size 0 without norm
   at::Tensor grad_lam;          // (T, H), or of size 0 with one stream
 };
@@ -113,7 +113,7 @@ inline OutputGradient output_gradient(const at::Tensor& grad_y, const at::Tensor
   const auto options = wide(y);
   const int64_t heads = y.size(-2), dim = y.size(-1), rows = y.numel() / dim, tokens = rows / heads;
   const int64_t blocks = kernels::output_gradient_blocks(tokens, static_cast<int>(heads));
-  OutputGradient result{at::empty({tokens, heads, dim}, options),
+  OutputGradient result{norm_weight.defined() ? at::empty(y.sizes(), y.options()) : grad_y,
                         at::empty({lam.defined() ? 2 : 1, tokens, heads}, options), at::empty({0}, options),
                         at::empty({0}, options)};
   const auto partial = at::empty({norm_weight.defined() ? blocks : 0, dim}, options);
@@ -128,7 +128,7 @@ inline OutputGradient output_gradient(const at::Tensor& grad_y, const at::Tensor
   p.diff = read(diff);
   p.lam = read(lam);
   p.norm_weight = read(norm_weight);
-  p.grad_diff = data(result.grad_diff);
+  p.grad_diff = norm_weight.defined() ? data(result.grad_diff) : nullptr;
   p.delta = data(result.delta);
   p.weight_partial = data(partial);
   C10_CUDA_CHECK(kernels::output_gradient(p, dtype_of(y), c10::cuda::getCurrentCUDAStream()));

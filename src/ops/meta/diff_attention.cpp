@@ -10,9 +10,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> diff_attention_forwar
     const at::Tensor& q, const at::Tensor& /*k*/, const at::Tensor& /*v*/, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& /*theta*/, const std::optional<at::Tensor>& norm_weight,
     const std::optional<at::Tensor>& /*cu_seqlens_q*/, const std::optional<at::Tensor>& /*cu_seqlens_k*/, bool /*causal*/,
-    std::optional<double> /*scale*/, std::string_view theta_pairs, double /*norm_eps*/) {
+    std::optional<double> /*scale*/, std::string_view theta_pairs, double /*norm_eps*/, bool save) {
   parse_pairs(std::string(theta_pairs));
-  return attention_outputs(q, lam.has_value(), norm_weight.has_value());
+  return attention_outputs(q, lam.has_value(), norm_weight.has_value(), save);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> diff_attention_backward(

@@ -18,16 +18,16 @@ inline at::Tensor gradient_like(const std::optional<at::Tensor>& t, const at::Te
   return t ? contiguous_like(*t) : at::empty({0}, otherwise);
 }
 
-// y, o2, diff and lse of an attention op.
+// y, o2, diff and lse of an attention op; without `save`, y alone.
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_outputs(const at::Tensor& q, bool two_streams,
-                                                                                    bool norm) {
+                                                                                    bool norm, bool save = true) {
   const auto heads = q.sym_size(-2);
   const auto tokens = q.dim() == 4 ? q.sym_size(0) * q.sym_size(1) : q.sym_size(0);
   const auto saved = [&](bool present) {
-    return present ? at::empty_symint(q.sym_sizes(), wide(q)) : at::empty({0}, wide(q));
+    return save && present ? contiguous_like(q) : at::empty({0}, q.options());
   };
   return {contiguous_like(q), saved(two_streams), saved(norm),
-          at::empty_symint({c10::SymInt(two_streams ? 2 : 1), tokens, heads}, wide(q))};
+          at::empty_symint({c10::SymInt(save ? two_streams ? 2 : 1 : 0), tokens, heads}, wide(q))};
 }
 
 }  // namespace coda::meta

@@ -178,10 +178,10 @@ class TestEdges:
         assert_close(call.run(tensors), tensors["v"].repeat_interleave(2, 2))
 
 
-def plain(call, tensors):
+def plain(call, tensors, grad_y=None):
     """The reference in nothing but the inputs' dtype."""
     with mock.patch.object(reference, "_wide", lambda t: t):
-        return call.run(tensors, reference.diff_attention), gradients(call, tensors, reference.diff_attention)
+        return call.run(tensors, reference.diff_attention), gradients(call, tensors, reference.diff_attention, grad_y)
 
 
 class TestLowPrecision:

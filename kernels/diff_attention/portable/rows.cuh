@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../common/attention_rows.cuh"
-#include "../common/sequences.cuh"
-#include "params.h"
+#include "../../common/attention_rows.cuh"
+#include "../../common/sequences.cuh"
+#include "../params.h"
 
 namespace coda::kernels {
 

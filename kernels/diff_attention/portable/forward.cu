@@ -1,5 +1,5 @@
-#include "../common/launch.cuh"
-#include "launch.h"
+#include "../../common/launch.cuh"
+#include "../launch.h"
 #include "rows.cuh"
 
 namespace coda::kernels {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(8 * kWarp) forward_kernel(DiffAttentionForward
         [&] { load_tile(tile, count, dim, row_of(p.v)); },
         [&](int l, A dot) { return key + lane_id() < visible[l] ? dot * static_cast<A>(p.scale) : neg_inf<A>(); });
   }
-  const RowOutputs<T> to{static_cast<T*>(p.y),           static_cast<A*>(p.o2),        static_cast<A*>(p.diff),
+  const RowOutputs<T> to{static_cast<T*>(p.y),           static_cast<T*>(p.o2),        static_cast<T*>(p.diff),
                          static_cast<A*>(p.lse),         static_cast<const A*>(p.lam), static_cast<const A*>(p.norm_weight),
                          static_cast<A>(p.norm_eps)};
   finish_rows(to, state, p.streams, dim, p.queries * p.heads,
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(8 * kWarp) forward_kernel(DiffAttentionForward
 
 }  // namespace
 
-cudaError_t diff_attention_forward(const DiffAttentionForward& params, DType dtype, cudaStream_t stream) {
+cudaError_t portable::diff_attention_forward(const DiffAttentionForward& params, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;

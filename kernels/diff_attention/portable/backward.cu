@@ -1,6 +1,6 @@
-#include "../common/attention_keys.cuh"
-#include "../common/launch.cuh"
-#include "launch.h"
+#include "../../common/attention_keys.cuh"
+#include "../../common/launch.cuh"
+#include "../launch.h"
 #include "rows.cuh"
 
 namespace coda::kernels {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(8 * kWarp) backward_rows_kernel(DiffAttentionB
     if (l >= warp_rows) {
       turn_query(lines + l * stride, dim, turn_of(l % warp_rows));
     } else {
-      load_row(grads + l * stride, real ? static_cast<const A*>(p.grad_diff) + at * dim : nullptr, dim);
+      load_row(grads + l * stride, real ? static_cast<const T*>(p.grad_diff) + at * dim : nullptr, dim);
     }
   }
   LineGradient<A> mine{A(0), A(0), A(0)};
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(8 * kWarp) backward_keys_kernel(DiffAttentionB
           const A* theta = static_cast<const A*>(p.theta) + sequence.head(row0 + j) * (dim / 2);
           turn_query(queries + j * stride, dim, QueryTurn<A>{nullptr, false, theta, p.theta_interleaved});
         } else {
-          load_row(grads + j * stride, static_cast<const A*>(p.grad_diff) + sequence.at(row0 + j, p.heads) * dim, dim);
+          load_row(grads + j * stride, static_cast<const T*>(p.grad_diff) + sequence.at(row0 + j, p.heads) * dim, dim);
         }
       }
       __syncthreads();
@@ -152,18 +152,18 @@ int row_warps(int dim) {
 
 }  // namespace
 
-int64_t diff_attention_backward_row_blocks(const DiffAttentionParams& params, DType dtype) {
+BackwardNeeds portable::diff_attention_backward_needs(const DiffAttentionParams& params, DType dtype) {
   const int warps = dtype == DType::kFloat64 ? row_warps<double>(params.dim) : row_warps<float>(params.dim);
-  return row_blocks(params, warps * rows_per_warp(params.streams));
+  return {row_blocks(params, warps * rows_per_warp(params.streams)), 0};
 }
 
-cudaError_t diff_attention_backward(const DiffAttentionBackward& params, DType dtype, cudaStream_t stream) {
+cudaError_t portable::diff_attention_backward(const DiffAttentionBackward& params, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const int dim = params.dim;
     int warps = row_warps<A>(dim);
-    const int64_t rows = diff_attention_backward_row_blocks(params, dtype);
+    const int64_t rows = diff_attention_backward_needs(params, dtype).theta_shares;
     const auto status = launch(backward_rows_kernel<T>, dim3(static_cast<unsigned>(params.queries ? rows : 0), params.kv_heads),
                                warps * kWarp, row_bytes<A>(dim, kTile + warps * 2 * kLines), stream, params);
     if (status != cudaSuccess) return status;

@@ -1,0 +1,546 @@
+#pragma once
+
+// grad_k and grad_v of a block of keys, and its share of grad_q. Two warpgroups of 64 keys each; the rows of their accumulators
+// are keys, so that weights and their gradients come out as register operands of the products that sum over queries. One thread
+// brings the tiles of queries: a warp for that alone would leave 240 registers to the others, who need 255. README.md has the
+// mathematics.
+
+#include "../../common/launch.cuh"
+#include "../../common/sequences.cuh"
+#include "../../common/wgmma.cuh"
+#include "backward.h"
+#include "tiles.cuh"
+
+namespace coda::kernels::sm90 {
+
+constexpr int kQueryStages = 2;
+constexpr int kOwnKeys = 64;  // keys of a warpgroup
+
+// What a block computes, and what it needs of the queries that see it.
+struct KeyBlock {
+  int64_t key0;        // first key of the sequence, over all sequences
+  int share;           // of theta_partial, where D 64 has two for each
+  int sequence;        // of the tensor maps, as are:
+  int key_token, query_token;  // the block's first key, the sequence's first query
+  int kv_head, begin;  // first key of the block, within the sequence
+  int queries, keys;   // of the sequence
+  int query_tile0;     // first tile of the sequence
+  int first, tiles;    // tiles from the first one that sees a key of the block
+  int shift;           // query i sees the keys up to i + shift
+
+  __device__ void find(const BackwardArguments& p) {
+    kv_head = static_cast<int>(blockIdx.x % p.kv_heads);
+    share = static_cast<int>(blockIdx.x / p.kv_heads);
+    if (p.cu_seqlens_k) {
+      const Tile where = find_tile(p.sequences, share, kKeyBlock, [&](int64_t n) { return p.cu_seqlens_k[n]; });
+      const int64_t query0 = p.cu_seqlens_q[where.sequence];
+      key0 = p.cu_seqlens_k[where.sequence];
+      keys = static_cast<int>(p.cu_seqlens_k[where.sequence + 1] - key0);
+      queries = static_cast<int>(p.cu_seqlens_q[where.sequence + 1] - query0);
+      query_tile0 = static_cast<int>(query0 / kQueryTile + where.sequence);
+      begin = static_cast<int>(where.begin);
+      sequence = 0;
+      key_token = static_cast<int>(key0) + begin;
+      query_token = query_tile0 * kQueryTile;
+    } else {
+      // Blocks of all sequences by turns: where attention is causal, those that most queries see start first.
+      sequence = static_cast<int>(share % p.sequences);
+      begin = static_cast<int>(share / p.sequences) * kKeyBlock;
+      keys = static_cast<int>(p.length_k);
+      queries = static_cast<int>(p.length_q);
+      key0 = sequence * p.length_k;
+      query_tile0 = sequence * static_cast<int>(p.tiles / p.sequences);
+      key_token = begin;
+      query_token = 0;
+    }
+    shift = p.causal ? keys - queries : keys;
+    first = begin > shift ? (begin - shift) / kQueryTile : 0;
+    tiles = (queries + kQueryTile - 1) / kQueryTile - first;
+  }
+};
+
+// What who brings a tile tells of it.
+struct TileNote {
+  int query;          // its first query, within the sequence
+  int hides;          // bit w: some key of warpgroup w is not seen by some query
+  float* sums;        // its part of grad_q_sums
+  float* grad_theta;  // the block's share for its head, if this is the last tile of that head, else null
+};
+
+template <class T, int D, int Streams>
+struct BackwardShared {
+  struct Stage {
+    alignas(1024) T q[Streams][kQueryTile * D];  // q, R_theta q
+    alignas(1024) T grad[kQueryTile * D];
+  };
+  alignas(1024) T k[kKeyBlock * D];  // panels of 32 columns, so that the two of a panel_column panel can be one operand
+  alignas(1024) T v[kKeyBlock * D];
+  alignas(1024) T grad_logits[Streams][kKeyBlock * kQueryTile];  // rows are keys
+  Stage stages[kQueryStages];
+  alignas(16) float numbers[kQueryStages][query_numbers(Streams) * kQueryTile];
+  alignas(16) float angles[kQueryStages][Streams == 2 ? D : 4];
+  float theta[2][4][32];  // [warpgroup][warp][pair]
+  TileNote tiles[2 * kQueryStages];
+  uint64_t keys_full, full[kQueryStages], empty[kQueryStages];
+  KeyBlock block;
+  int head, tile;  // brought next
+
+  static constexpr uint32_t kKeyBytes = sizeof(k) + sizeof(v);
+  static constexpr uint32_t kNumberBytes = query_numbers(Streams) * kQueryTile * sizeof(float);
+  static constexpr uint32_t kAngleBytes = Streams == 2 ? D * sizeof(float) : 0;
+  static constexpr uint32_t kStageBytes = sizeof(Stage) + kNumberBytes + kAngleBytes;
+};
+
+// From kFull on, one for each warpgroup.
+enum BackwardBarrier { kCleared = 1, kFull = 2, kFree = 4, kTheta = 6 };
+
+template <class T, int D, int Streams>
+__device__ inline void bring_keys(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared) {
+  const KeyBlock& block = shared.block;
+  hopper::arrive_expect(&shared.keys_full, shared.kKeyBytes);
+  for (int panel = 0; panel < D / 32; ++panel) {
+    hopper::load_box(shared.k + panel * kKeyBlock * 32, &p.k_map, &shared.keys_full, panel * 32, block.kv_head, block.key_token,
+                     block.sequence);
+  }
+  for (int panel = 0; panel < D / 64; ++panel) {
+    hopper::load_box(shared.v + panel * kKeyBlock * 64, &p.v_map, &shared.keys_full, panel * 64, block.kv_head, block.key_token,
+                     block.sequence);
+  }
+}
+
+// Tile number n, if there are so many; its stage is free.
+template <class T, int D, int Streams>
+__device__ inline void bring_queries(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared, int n) {
+  const KeyBlock& block = shared.block;
+  const int head = shared.head, tile = shared.tile, to = n % kQueryStages;
+  if (head == (block.kv_head + 1) * (p.heads / p.kv_heads)) return;
+  const bool last = tile + 1 == block.first + block.tiles;
+  shared.head = last ? head + 1 : head;
+  shared.tile = last ? block.first : tile + 1;
+  const int query = tile * kQueryTile, index = head * static_cast<int>(p.tiles) + block.query_tile0 + tile;
+  const auto seen = [&](int warpgroup) {
+    const int end = block.begin + (warpgroup + 1) * kOwnKeys;
+    return end <= block.keys && end - 1 <= query + block.shift;
+  };
+  auto* grad_theta = static_cast<float*>(p.theta_partial);
+  shared.tiles[n % (2 * kQueryStages)] = {
+      query, (seen(0) ? 0 : 1) + (seen(1) ? 0 : 2), p.grad_q_sums + static_cast<int64_t>(index) * (kQueryTile * D),
+      Streams == 2 && last ? grad_theta + (block.share * (D == 64 ? 2 : 1) * p.heads + head) * int64_t{D / 2} : nullptr};
+  uint64_t* full = &shared.full[to];
+  hopper::arrive_expect(full, shared.kStageBytes);
+  for (int panel = 0; panel < D / 64; ++panel) {
+    const auto bring = [&](T* tile, const CUtensorMap& map) {
+      hopper::load_box(tile + panel * kQueryTile * 64, &map, full, panel * 64, head, block.query_token + query, block.sequence);
+    };
+    auto& stage = shared.stages[to];
+    bring(stage.q[0], p.q_map);
+    if (Streams == 2) bring(stage.q[Streams - 1], p.turned_q_map);
+    bring(stage.grad, p.grad_map);
+  }
+  hopper::load_bytes(shared.numbers[to], p.numbers + static_cast<int64_t>(index) * (query_numbers(Streams) * kQueryTile), full,
+                     shared.kNumberBytes);
+  if (Streams == 2) hopper::load_bytes(shared.angles[to], p.angles + head * D, full, shared.kAngleBytes);
+}
+
+// One warpgroup. Its share of grad_q is a panel of 64 columns from all keys of the block with D 128, all columns from its own
+// keys with D 64.
+template <class T, int D, int Streams>
+struct KeyGradients {
+  using Shared = BackwardShared<T, D, Streams>;
+  static constexpr bool kExchange = D == 128;
+  static constexpr int kPanelKeys = kExchange ? kKeyBlock : kOwnKeys;
+  struct Sums {
+    float x[32];
+  };
+  using Operand = uint32_t[kQueryTile / 16][4];
+
+  const BackwardArguments& p;
+  Shared& shared;
+  const int thread, quad;
+  // Which warpgroup, which stage is at work, and where shared memory begins. Set anew in each turn of the loop by what tells
+  // the compiler that they are the same in a warp, as operands of products must be. It would otherwise compute all operands
+  // before the loop, and have no registers to keep them in.
+  int warpgroup, now;
+  uint32_t origin;
+  float grad_k[D / 2], grad_v[D / 2];
+  float grad_theta[8];        // of the panel's pairs, by panel_pair, from the queries of this thread
+
+  __device__ KeyGradients(const BackwardArguments& arguments, Shared& s)
+      : p(arguments), shared(s), thread(threadIdx.x % hopper::kWarpgroup), quad(thread % 4) {
+    turn(0);
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) grad_theta[i] = 0.0f;
+  }
+
+  __device__ void turn(int n) {
+    const uint32_t mine = threadIdx.x / hopper::kWarpgroup * kQueryStages + n % kQueryStages;
+    const uint32_t known = __reduce_max_sync(kAllLanes, (shared_address(&shared) & 0x3ffff) + mine);
+    warpgroup = known / kQueryStages % 2;
+    now = known % kQueryStages;
+    origin = known & ~1023u;
+  }
+  __device__ int panel() const { return kExchange ? warpgroup : 0; }  // of grad_q
+
+  // Rows after the end of a packed sequence are another's: a weight of 0 does not help where they are not finite.
+  __device__ void clear_foreign_rows() {
+    const int first = shared.block.keys - shared.block.begin;
+    if (!p.cu_seqlens_k || first >= kKeyBlock) return;
+    const uint4 zero{0, 0, 0, 0};
+    for (int i = threadIdx.x; i < (kKeyBlock - first) * (D / 8); i += 2 * hopper::kWarpgroup) {
+      const int row = first + i / (D / 8), packet = i % (D / 8);
+      reinterpret_cast<uint4*>(shared.k)[(packet / 4 * kKeyBlock + row) * 4 + packet % 4] = zero;
+      reinterpret_cast<uint4*>(shared.v)[(packet / 8 * kKeyBlock + row) * 8 + packet % 8] = zero;
+    }
+    hopper::fence_async_proxy();
+    hopper::sync_threads(kCleared, 2 * hopper::kWarpgroup);
+  }
+
+  // Where a tile of queries lies: q, R_theta q or, after them, grad_diff.
+  __device__ uint32_t tile_address(int stage, int which) const {
+    return origin + offsetof(Shared, stages) + stage * sizeof(typename Shared::Stage) + which * (kQueryTile * D * sizeof(T));
+  }
+
+  // s = keys times the rows of a tile
+  __device__ void start_logits(Sums& s, int stage, int stream) const {
+    const auto keys = hopper::rows_descriptor<64>(origin + offsetof(Shared, k) + warpgroup * (kOwnKeys * 64));
+    const auto rows = hopper::rows_descriptor(tile_address(stage, stream));
+    hopper::begin_products();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      hopper::multiply<T, 0, 0>(s.x, keys + (step / 2 * (kKeyBlock * 64 >> 4) + step % 2 * 2),
+                                rows + (step / 4 * (kQueryTile * 128 >> 4) + step % 4 * 2), step > 0);
+    }
+    hopper::commit_products();
+  }
+
+  // s = values times the rows of grad_diff
+  __device__ void start_grad_weights(Sums& s) const {
+    const auto values = hopper::rows_descriptor(origin + offsetof(Shared, v) + warpgroup * (kOwnKeys * 128));
+    const auto rows = hopper::rows_descriptor(tile_address(now, Streams));
+    hopper::begin_products();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      hopper::multiply<T, 0, 0>(s.x, values + (step / 4 * (kKeyBlock * 128 >> 4) + step % 4 * 2),
+                                rows + (step / 4 * (kQueryTile * 128 >> 4) + step % 4 * 2), step > 0);
+    }
+    hopper::commit_products();
+  }
+
+  // sum += operand times a tile of the stage at work, summed over queries
+  __device__ void multiply_tile(float (&sum)[D / 2], const Operand& operand, int which) const {
+    const auto columns = hopper::columns_descriptor(tile_address(now, which), kQueryTile * 128);
+#pragma unroll
+    for (int step = 0; step < kQueryTile / 16; ++step) {
+      hopper::multiply<T, 1>(sum, operand[step], columns + step * (2048 >> 4), true);
+    }
+  }
+
+  __device__ void start_grad_q(Sums& grad_q, int stream, bool add) const {
+    const int first = kExchange ? 0 : warpgroup * kOwnKeys;
+    const auto grad_logits = hopper::columns_descriptor(
+        origin + offsetof(Shared, grad_logits) + (stream * kKeyBlock + first) * 128, 16);
+    const auto keys = hopper::columns_descriptor<64>(origin + offsetof(Shared, k) + (panel() * kKeyBlock + first) * 64,
+                                                     D / 64 * kKeyBlock * 64);
+    hopper::begin_products();
+#pragma unroll
+    for (int step = 0; step < kPanelKeys / 16; ++step) {
+      hopper::multiply<T, 1, 1>(grad_q.x, grad_logits + step * (2048 >> 4), keys + step * (1024 >> 4), add || step > 0);
+    }
+    hopper::commit_products();
+  }
+
+  // Four of a tile's numbers: for queries 16 step + 2 quad, the next one, and those eight further.
+  __device__ float4 number(int stage, QueryNumber which, int step) const {
+    return reinterpret_cast<const float4*>(shared.numbers[stage])[which * (kQueryTile / 4) + step * 4 + quad];
+  }
+
+  __device__ const TileNote& tile(int n) const { return shared.tiles[n % (2 * kQueryStages)]; }
+
+  // Logits of queries that do not see a key become -inf.
+  __device__ void hide(float (&s)[32], int n) const {
+    const TileNote& tile = this->tile(n);
+    if ((tile.hides >> warpgroup & 1) == 0) return;
+    const int own = shared.block.begin + warpgroup * kOwnKeys + thread / kWarp * 16 + thread % kWarp / 4;
+    const int column = tile.query + shared.block.shift + quad * 2, keys = shared.block.keys;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int key = own + i % 4 / 2 * 8;
+      if (key >= keys || key > column + i / 4 * 8 + i % 2) s[i] = neg_inf<float>();
+    }
+  }
+
+  __device__ void weigh_first(Operand& weights, float (&s)[32], int stage) const {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const float4 shift = number(stage, kShift1, step);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x = s + step * 8 + 2 * i;
+        weights[step][i] = pack<T>(exp2_approximate(fmaf(x[0], p.log2_scale, i < 2 ? shift.x : shift.z)),
+                                   exp2_approximate(fmaf(x[1], p.log2_scale, i < 2 ? shift.y : shift.w)));
+      }
+      hopper::pin(weights[step]);
+    }
+  }
+
+  // -lambda P2.
+  __device__ void weigh_second(Operand& weights, float (&s)[32], int stage) const {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const float4 shift = number(stage, kShift2, step), factor = number(stage, kNegativeLambda, step);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x = s + step * 8 + 2 * i;
+        const float a = exp2_approximate(fmaf(x[0], p.log2_scale, i < 2 ? shift.x : shift.z)) * (i < 2 ? factor.x : factor.z);
+        const float b = exp2_approximate(fmaf(x[1], p.log2_scale, i < 2 ? shift.y : shift.w)) * (i < 2 ? factor.y : factor.w);
+        weights[step][i] = pack<T>(a, b);
+      }
+      hopper::pin(weights[step]);
+    }
+  }
+
+  // weights (grad_weights - delta)
+  __device__ void grade(Operand& to, const Operand& weights, const float (&grad_weights)[32], int stage,
+                        QueryNumber delta_of) const {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const float4 delta = number(stage, delta_of, step);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x = grad_weights + step * 8 + 2 * i;
+        const float2 weight = unpack<T>(weights[step][i]);
+        to[step][i] = pack<T>(weight.x * (x[0] - (i < 2 ? delta.x : delta.z)), weight.y * (x[1] - (i < 2 ? delta.y : delta.w)));
+      }
+      hopper::pin(to[step]);
+    }
+  }
+
+  // Packets that differ in bits of their number differ in these bits of the swizzled offset.
+  __device__ void share_grad_logits(T* to, const Operand& from) const {
+    const int offset = hopper::swizzled(warpgroup * kOwnKeys + thread / kWarp * 16 + thread % 16, thread % kWarp / 16);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      store_matrices(reinterpret_cast<unsigned char*>(to) + (offset ^ step << 5), from[step][0], from[step][1],
+                             from[step][2], from[step][3]);
+    }
+  }
+
+  // grad_q of the second stream, in the coordinates of R_theta q, back to those of q; its part of grad_theta on the way.
+  template <bool Interleaved>
+  __device__ void turn_back(float (&grad_q)[32], int stage) {
+    const int column = panel_column(D, panel(), 0, 0) + thread % kWarp / 16 * (D / 2);
+    const int offset = column / 64 * (kQueryTile * 128) + hopper::swizzled(thread / kWarp * 16 + thread % 16, column % 64 / 8);
+    const auto* tile = reinterpret_cast<const unsigned char*>(shared.stages[stage].q[Streams - 1]);
+    const auto* angles = reinterpret_cast<const float4*>(shared.angles[stage]) + (panel() * 4 + quad) * 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float4 angle = angles[j];
+      uint32_t turned[4];  // rows of a half, then of the other
+      load_matrices(turned, tile + (offset ^ j << 4));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 low = unpack<T>(turned[r]), high = unpack<T>(turned[2 + r]);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          float& a = grad_q[4 * j + 2 * r + (Interleaved ? 16 * m : m)];
+          float& b = grad_q[4 * j + 2 * r + (Interleaved ? 16 * m + 1 : 16 + m)];
+          const float turned_a = Interleaved ? (m ? high.x : low.x) : (m ? low.y : low.x);
+          const float turned_b = Interleaved ? (m ? high.y : low.y) : (m ? high.y : high.x);
+          const float cosine = m ? angle.z : angle.x, sine = m ? angle.w : angle.y;
+          grad_theta[2 * j + m] += b * turned_a - a * turned_b;
+          const float back = a * cosine + b * sine;
+          b = b * cosine - a * sine;
+          a = back;
+        }
+      }
+    }
+  }
+
+  // Sums over the queries of a head, and starts anew.
+  __device__ void store_grad_theta(float* to) {
+    const int warp = thread / kWarp;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int lanes = 4; lanes < kWarp; lanes *= 2) grad_theta[i] += __shfl_xor_sync(kAllLanes, grad_theta[i], lanes);
+      if (thread % kWarp < 4) shared.theta[warpgroup][warp][quad * 8 + i] = grad_theta[i];
+      grad_theta[i] = 0.0f;
+    }
+    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
+    if (thread < 32) {
+      const auto& part = shared.theta[warpgroup];
+      const int pair = panel_pair(D, p.theta_interleaved, panel(), thread / 8, thread / 2 % 4, thread % 2);
+      if constexpr (!kExchange) to += warpgroup * p.heads * (D / 2);
+      to[pair] = (part[0][thread] + part[1][thread] + part[2][thread] + part[3][thread]) * static_cast<float>(p.scale);
+    }
+  }
+
+  // A deterministic order of blocks would be kept here.
+  __device__ void add_to_sums(int n, const float (&grad_q)[32]) const {
+    float* sums = tile(n).sums + panel() * (kQueryTile * 64) + thread * 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + j * 512), "f"(grad_q[4 * j]),
+                   "f"(grad_q[4 * j + 1]), "f"(grad_q[4 * j + 2]), "f"(grad_q[4 * j + 3])
+                   : "memory");
+    }
+  }
+
+  // A product is under way nearly all the time: each wait leaves the group committed last unfinished, and what follows the wait
+  // runs beside that group. Only at the end of a turn of the loop does nothing remain, since ptxas follows no group around a
+  // loop. Accumulators that take over from others whose values are spent say so, which spares the compiler a third set of
+  // registers.
+  __device__ void run() {
+    hopper::wait(&shared.keys_full, 0);
+    clear_foreign_rows();
+    const int count = p.heads / p.kv_heads * shared.block.tiles;
+    if (count <= 0) return;
+    Sums s;
+    Operand first;
+    hopper::wait(&shared.full[0], 0);
+    start_logits(s, 0, 0);
+    hopper::wait_products<0>();
+    hopper::pin(s.x);
+    hide(s.x, 0);
+    weigh_first(first, s.x, 0);
+    if constexpr (Streams == 2) {
+      start_logits(s, 0, 1);
+      hopper::wait_products<0>();
+      hopper::pin(s.x);
+    }
+    Sums grad_q{};
+    for (int n = 0; n < count; ++n) {
+      // Here are the first weights of this tile, the logits of its second stream, and grad_q of the tile before.
+      turn(n);
+      const int next = (now + 1) % kQueryStages;
+      if (n > 0) add_to_sums(n - 1, grad_q.x);
+      if constexpr (kExchange) hopper::arrive_threads(kFree + (warpgroup ^ 1), 2 * hopper::kWarpgroup);
+      Sums grad_weights = grad_q;
+      start_grad_weights(grad_weights);
+      Operand second, difference;
+      if constexpr (Streams == 2) {
+        hide(s.x, n);
+        weigh_second(second, s.x, now);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) difference[i / 4][i % 4] = add_packed<T>(first[i / 4][i % 4], second[i / 4][i % 4]);
+      }
+      hopper::begin_products();
+      multiply_tile(grad_v, Streams == 2 ? difference : first, Streams);
+      hopper::commit_products();
+      hopper::wait_products<1>();
+      hopper::pin(grad_weights.x);
+      Operand grad_first, grad_second;
+      grade(grad_first, first, grad_weights.x, now, kDelta1);
+      if constexpr (Streams == 2) grade(grad_second, second, grad_weights.x, now, kDelta2);
+      hopper::begin_products();
+      multiply_tile(grad_k, grad_first, 0);
+      if constexpr (Streams == 2) multiply_tile(grad_k, grad_second, 1);
+      hopper::commit_products();
+      hopper::sync_threads(kFree + warpgroup, (kExchange ? 2 : 1) * hopper::kWarpgroup);
+      share_grad_logits(shared.grad_logits[0], grad_first);
+      if constexpr (Streams == 2) share_grad_logits(shared.grad_logits[1], grad_second);
+      hopper::fence_async_proxy();
+      hopper::sync_threads(kFull + (kExchange ? 0 : warpgroup), (kExchange ? 2 : 1) * hopper::kWarpgroup);
+      Sums turned = grad_weights;
+      start_grad_q(turned, Streams - 1, false);
+      hopper::wait_products<1>();
+      hopper::pin(grad_k);
+      hopper::pin(grad_v);
+      if (n + 1 < count) hopper::wait(&shared.full[next], (n + 1) / kQueryStages % 2);
+      // After the last tile this is of no use, and harms nothing.
+      Sums next_s;
+      start_logits(next_s, next, 0);
+      hopper::wait_products<1>();
+      hopper::pin(turned.x);
+      if constexpr (Streams == 2) {
+        if (p.theta_interleaved) {
+          turn_back<true>(turned.x, now);
+        } else {
+          turn_back<false>(turned.x, now);
+        }
+        start_grad_q(turned, 0, true);
+      }
+      __syncwarp();
+      if (thread % kWarp == 0) hopper::arrive(&shared.empty[now]);
+      hopper::wait_products<Streams == 2>();
+      hopper::pin(next_s.x);
+      hide(next_s.x, n + 1);
+      weigh_first(first, next_s.x, next);
+      if constexpr (Streams == 2) start_logits(next_s, next, 1);
+      if (threadIdx.x < kWarp && n + kQueryStages < count && hopper::elect_thread()) {
+        hopper::wait(&shared.empty[now], n / kQueryStages % 2);
+        bring_queries(p, shared, n + kQueryStages);
+      }
+      __syncwarp();
+      hopper::wait_products<0>();
+      hopper::pin(next_s.x);
+      hopper::pin(turned.x);
+      s = next_s;
+      grad_q = turned;
+      if constexpr (Streams == 2) {
+        if (tile(n).grad_theta) store_grad_theta(tile(n).grad_theta);
+      }
+    }
+    add_to_sums(count - 1, grad_q.x);
+  }
+
+  __device__ void store(void* to, const float (&grad)[D / 2], float scale) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int key = shared.block.begin + warpgroup * kOwnKeys + thread / kWarp * 16 + thread % kWarp / 4 + 8 * row;
+      T* line = static_cast<T*>(to) + ((shared.block.key0 + key) * p.kv_heads + shared.block.kv_head) * D;
+#pragma unroll
+      for (int part = 0; part < D / 32; ++part) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = pack<T>(grad[part * 16 + 4 * i + 2 * row] * scale, grad[part * 16 + 4 * i + 2 * row + 1] * scale);
+        }
+        transpose_quad(x);
+        if (key < shared.block.keys) *reinterpret_cast<uint4*>(line + part * 32 + quad * 8) = uint4{x[0], x[1], x[2], x[3]};
+      }
+    }
+  }
+};
+
+template <class T, int D, int Streams>
+__global__ void __launch_bounds__(2 * hopper::kWarpgroup, 1) key_blocks_kernel(const __grid_constant__ BackwardArguments p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<BackwardShared<T, D, Streams>*>(memory);
+  if (threadIdx.x < kWarp && hopper::elect_thread()) {
+    KeyBlock& block = shared.block;
+    block.find(p);
+    shared.head = block.kv_head * (p.heads / p.kv_heads);
+    shared.tile = block.first;
+    hopper::init_barrier(&shared.keys_full, 1);
+    for (int stage = 0; stage < kQueryStages; ++stage) {
+      hopper::init_barrier(&shared.full[stage], 1);
+      hopper::init_barrier(&shared.empty[stage], 8);
+    }
+    hopper::fence_barrier_init();
+    if (block.begin < block.keys) {
+      bring_keys(p, shared);
+      for (int stage = 0; stage < kQueryStages && block.tiles > 0; ++stage) bring_queries(p, shared, stage);
+    }
+  }
+  __syncthreads();
+  if (shared.block.begin >= shared.block.keys) return;
+  KeyGradients<T, D, Streams> gradients(p, shared);
+  gradients.run();
+  gradients.store(p.grad_k, gradients.grad_k, static_cast<float>(p.scale));
+  gradients.store(p.grad_v, gradients.grad_v, 1.0f);
+}
+
+template <class T, int D>
+cudaError_t launch_key_blocks(const BackwardArguments& p, cudaStream_t stream) {
+  const int64_t blocks =
+      p.cu_seqlens_k ? tile_bound(p.keys, p.sequences, kKeyBlock) : p.sequences * ((p.length_k + kKeyBlock - 1) / kKeyBlock);
+  const dim3 grid(static_cast<unsigned>(blocks * p.kv_heads));
+  return p.streams == 2
+             ? launch(key_blocks_kernel<T, D, 2>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 2>), stream, p)
+             : launch(key_blocks_kernel<T, D, 1>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 1>), stream, p);
+}
+
+}  // namespace coda::kernels::sm90

@@ -1,0 +1,507 @@
+#pragma once
+
+// One block: a producer warp that brings tiles, and two consumer warpgroups of 64 query rows each. With two streams these are the same
+// tokens, in q and in R_theta q; with one, neighbouring ones. README.md has the reasons.
+
+#include "../../common/launch.cuh"
+#include "../../common/rotation.cuh"
+#include "../../common/tensor_map.h"
+#include "../../common/wgmma.cuh"
+#include "schedule.h"
+#include "tiles.cuh"
+
+namespace coda::kernels::sm90 {
+
+constexpr int kRows = 64;       // query rows of a warpgroup
+constexpr int kConsumers = 2;   // warpgroups
+
+constexpr int kStages = 2;      // tiles of keys, and of values, in shared memory
+
+// Keys of a tile: as many as registers hold logits for.
+constexpr int tile_keys(int dim) { return dim == 64 ? 192 : 128; }
+
+struct ForwardArguments : DiffAttentionForward {
+  Schedule schedule;
+  CUtensorMap q_map, k_map, v_map;
+};
+
+template <class T, int D, int Streams>
+struct ForwardShared {
+  static constexpr int kTokens = kRows * kConsumers / Streams;
+  static constexpr int kKeys = tile_keys(D);
+  alignas(1024) T q[kTokens * D];
+  alignas(1024) T k[kStages][kKeys * D];
+  alignas(1024) T v[kStages][kKeys * D];
+  alignas(16) float second[Streams == 2 ? kRows * D : 4];  // lam o2 on its way to the first stream, as registers lie: [i][thread]
+  Angle<float> theta[D / 2];
+  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+// Named barriers; kCleared is the first of two, one for each warpgroup.
+enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurned, kCleared };
+
+// What a block attends at a time.
+struct Work {
+  int query0, key0;  // first token of the sequence, in the token dimension of a tensor map
+  int queries, keys;
+  int begin;         // first token of the tile, within the sequence
+  int64_t output0;   // first token of the sequence over all sequences
+  int sequence, kv_head, head;
+  int key_tiles;         // 0 where no row of the tile sees a key
+  bool causal;
+
+  __device__ Work(const ForwardArguments& p, unsigned index, int tokens, int key_tile) : causal(p.causal) {
+    const Item item = find_item(p.schedule, p, index);
+    kv_head = item.kv_head;
+    head = item.head;
+    if (p.cu_seqlens_q) {
+      const Tile tile = find_tile(p.sequences, item.tile, tokens, [&](int64_t n) { return p.cu_seqlens_q[n]; });
+      const int64_t n = tile.sequence;
+      sequence = 0;
+      output0 = p.cu_seqlens_q[n];
+      query0 = static_cast<int>(output0);
+      key0 = static_cast<int>(p.cu_seqlens_k[n]);
+      queries = static_cast<int>(p.cu_seqlens_q[n + 1]) - query0;
+      keys = static_cast<int>(p.cu_seqlens_k[n + 1]) - key0;
+      begin = static_cast<int>(tile.begin);
+    } else {
+      sequence = item.sequence;
+      query0 = key0 = 0;
+      output0 = sequence * p.length_q;
+      queries = static_cast<int>(p.length_q);
+      keys = static_cast<int>(p.length_k);
+      begin = static_cast<int>(item.tile) * tokens;
+    }
+    key_tiles = begin < queries ? (visible(min(begin + tokens, queries) - 1) + key_tile - 1) / key_tile : 0;
+  }
+
+  // Leading keys that a token sees.
+  __device__ int visible(int token) const {
+    return causal ? min(max(token + keys - queries + 1, 0), keys) : keys;
+  }
+};
+
+// Item number `round` of this block. Every other round backwards: the block that had the longest tile of one gets the shortest.
+__device__ inline unsigned item_of(unsigned round) {
+  return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+template <class T, int D, int Streams>
+__device__ inline void bring_tiles(const ForwardArguments& p, ForwardShared<T, D, Streams>& shared) {
+  using namespace hopper;
+  using Shared = ForwardShared<T, D, Streams>;
+  constexpr int kTokens = Shared::kTokens, kKeys = Shared::kKeys;
+  prefetch_map(&p.q_map);
+  prefetch_map(&p.k_map);
+  prefetch_map(&p.v_map);
+  hopper::RingPosition<kStages> at;
+  uint32_t q_parity = 0;
+  for (unsigned round = 0; item_of(round) < p.schedule.items; ++round) {
+    const Work work(p, item_of(round), kTokens, kKeys);
+    if (work.key_tiles == 0) continue;
+    wait(&shared.q_empty, q_parity ^ 1);
+    q_parity ^= 1;
+    arrive_expect(&shared.q_full, sizeof(shared.q));
+    for (int panel = 0; panel < D / 64; ++panel) {
+      load_box(shared.q + panel * kTokens * 64, &p.q_map, &shared.q_full, panel * 64, work.head,
+               work.query0 + work.begin, work.sequence);
+    }
+    for (int tile = work.key_tiles - 1; tile >= 0; --tile, at.advance()) {
+      const auto bring = [&](T* to, const CUtensorMap& map, uint64_t* full, uint64_t* empty) {
+        wait(empty, at.parity ^ 1);
+        arrive_expect(full, kKeys * D * sizeof(T));
+        for (int panel = 0; panel < D / 64; ++panel) {
+          load_box(to + panel * kKeys * 64, &map, full, panel * 64, work.kv_head,
+                   work.key0 + tile * kKeys, work.sequence);
+        }
+      };
+      bring(shared.k[at.stage], p.k_map, &shared.k_full[at.stage], &shared.k_empty[at.stage]);
+      bring(shared.v[at.stage], p.v_map, &shared.v_full[at.stage], &shared.v_empty[at.stage]);
+    }
+  }
+}
+
+// One consumer warpgroup on one tile: online softmax over key tiles, last one first.
+template <class T, int D, int Streams>
+struct Attend {
+  using Shared = ForwardShared<T, D, Streams>;
+  static constexpr int kKeys = Shared::kKeys;
+  const ForwardArguments& p;
+  Shared& shared;
+  const Work& work;
+  const int warpgroup, stream;
+  hopper::RingPosition<kStages>& at;
+  float log2_scale;
+  int token;                  // of this thread's first row; the second is 8 further
+  int visible[2];
+  uint32_t q[D / 16][4];
+  float o[D / 2];
+  float peak[2], total[2];    // of this thread's columns
+
+  __device__ Attend(const ForwardArguments& arguments, Shared& s, const Work& w, int group,
+                    hopper::RingPosition<kStages>& position)
+      : p(arguments), shared(s), work(w), warpgroup(group), stream(Streams == 2 ? group : 0), at(position),
+        log2_scale(static_cast<float>(arguments.scale * 1.4426950408889634)) {
+    const int row = row0() + threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() / 4;
+    token = work.begin + row;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      visible[i] = work.visible(token + 8 * i);
+      peak[i] = neg_inf<float>();
+      total[i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+  }
+
+  __device__ int row0() const { return Streams == 2 ? 0 : warpgroup * kRows; }
+
+  __device__ void load_queries(uint32_t parity) {
+    hopper::wait(&shared.q_full, parity);
+    const int warp = threadIdx.x % hopper::kWarpgroup / kWarp, lane = lane_id();
+    const int row = row0() + warp * 16 + lane % 16;
+#pragma unroll
+    for (int block = 0; block < D / 16; ++block) {
+      const auto* panel = reinterpret_cast<const unsigned char*>(shared.q + block / 4 * Shared::kTokens * 64);
+      load_matrices(q[block], panel + hopper::swizzled(row, block % 4 * 2 + lane / 16));
+    }
+    __syncwarp();
+    if (lane == 0) hopper::arrive(&shared.q_empty);
+    if (stream == 1) turn_queries();
+  }
+
+  // q to R_theta q.
+  __device__ void turn_queries() {
+    const int thread = threadIdx.x % hopper::kWarpgroup;
+    auto& theta = shared.theta;
+    hopper::sync_threads(kTurned, hopper::kWarpgroup);
+    if (thread < D / 2) theta[thread] = angle_of(static_cast<const float*>(p.theta)[work.head * (D / 2) + thread]);
+    hopper::sync_threads(kTurned, hopper::kWarpgroup);
+    const int column = lane_id() % 4 * 2;
+    if (p.theta_interleaved) {
+#pragma unroll
+      for (int block = 0; block < D / 16; ++block) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float2 x = unpack<T>(q[block][r]);
+          turn_pair(x.x, x.y, theta[(block * 16 + r / 2 * 8 + column) / 2]);
+          q[block][r] = pack<T>(x.x, x.y);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int block = 0; block < D / 32; ++block) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int first = block * 16 + r / 2 * 8 + column;
+          float2 a = unpack<T>(q[block][r]), b = unpack<T>(q[block + D / 32][r]);
+          turn_pair(a.x, b.x, theta[first]);
+          turn_pair(a.y, b.y, theta[first + 1]);
+          q[block][r] = pack<T>(a.x, a.y);
+          q[block + D / 32][r] = pack<T>(b.x, b.y);
+        }
+      }
+    }
+  }
+
+  __device__ void wait_keys(const hopper::RingPosition<kStages>& keys) {
+    hopper::wait(&shared.k_full[keys.stage], keys.parity);
+  }
+  __device__ void wait_values() { hopper::wait(&shared.v_full[at.stage], at.parity); }
+
+  __device__ void start_logits(float (&s)[kKeys / 2], int stage) {
+    const auto k = hopper::rows_descriptor(shared.k[stage]);
+    hopper::begin_products();
+#pragma unroll
+    for (int block = 0; block < D / 16; ++block) {
+      hopper::multiply<T, 0>(s, q[block], k + (block / 4 * kKeys * 8 + block % 4 * 2), block > 0);
+    }
+    hopper::commit_products();
+  }
+
+  __device__ void start_output(const uint32_t (&weights)[kKeys / 16][4], bool add) {
+    const auto v = hopper::columns_descriptor(shared.v[at.stage], kKeys * 128);
+    hopper::begin_products();
+#pragma unroll
+    for (int block = 0; block < kKeys / 16; ++block) {
+      hopper::multiply<T, 1>(o, weights[block], v + block * (2048 >> 4), add || block > 0);
+    }
+    hopper::commit_products();
+  }
+
+  // Values after the end of a packed sequence are another's: a weight of 0 does not help where they are not finite. Both warpgroups
+  // write the same zeros, so that neither waits for the other.
+  __device__ void clear_foreign_values(int tile) {
+    if (!p.cu_seqlens_k || (tile + 1) * kKeys <= work.keys) return;
+    const int first = work.keys - tile * kKeys;
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < (kKeys - first) * (D / 8); i += hopper::kWarpgroup) {
+      const int row = first + i / (D / 8), packet = i % (D / 8);
+      auto* panel = reinterpret_cast<unsigned char*>(shared.v[at.stage] + packet / 8 * kKeys * 64);
+      *reinterpret_cast<uint4*>(panel + hopper::swizzled(row, packet % 8)) = uint4{0, 0, 0, 0};
+    }
+    hopper::fence_async_proxy();
+    hopper::sync_threads(kCleared + warpgroup, hopper::kWarpgroup);
+  }
+
+  __device__ void release(uint64_t* empty) {
+    __syncwarp();
+    if (lane_id() == 0) hopper::arrive(empty);
+  }
+
+  // Logits to weights relative to the new peaks; returns how much earlier weights shrink.
+  __device__ float2 absorb(float (&s)[kKeys / 2], int tile) {
+    if ((tile + 1) * kKeys > visible[0]) {
+      const int column = tile * kKeys + lane_id() % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        if (column + i / 4 * 8 + i % 2 >= visible[i % 4 / 2]) s[i] = neg_inf<float>();
+      }
+    }
+    float shrink[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float top = peak[row];
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const float base = top == neg_inf<float>() ? 0.0f : top * log2_scale;
+      shrink[row] = exp2_approximate(peak[row] * log2_scale - base);
+      peak[row] = top;
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * i + 2 * row + e];
+          x = exp2_approximate(fmaf(x, log2_scale, -base));
+          sum += x;
+        }
+      }
+      total[row] = total[row] * shrink[row] + sum;
+    }
+    return {shrink[0], shrink[1]};
+  }
+
+  __device__ void shrink_output(float2 by) {
+    if (!__any_sync(kAllLanes, by.x != 1.0f || by.y != 1.0f)) return;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] *= i % 4 < 2 ? by.x : by.y;
+  }
+
+  __device__ void finish_output() {
+    hopper::wait_products<0>();
+    hopper::pin(o);
+    release(&shared.v_empty[at.stage]);
+  }
+
+  __device__ void run() {
+    float s[kKeys / 2];
+    uint32_t weights[kKeys / 16][4];
+    const int first = work.key_tiles - 1;
+    const auto take_logits = [&](int tile, int stage) {
+      hopper::pin(s);
+      release(&shared.k_empty[stage]);
+      return absorb(s, tile);
+    };
+    wait_keys(at);
+    start_logits(s, at.stage);
+    hopper::wait_products<0>();
+    take_logits(first, at.stage);
+    pack_operand<T>(weights, s);
+    wait_values();
+    clear_foreign_values(first);
+    // The logits of one tile are computed while the weights of the one before it meet their values.
+    for (int tile = first; tile > 0; --tile) {
+      auto next = at;
+      next.advance();
+      wait_keys(next);
+      start_logits(s, next.stage);
+      wait_values();
+      start_output(weights, tile < first);
+      hopper::wait_products<1>();
+      const float2 shrink = take_logits(tile - 1, next.stage);
+      // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
+      __syncwarp(total[0] + total[1] < 0.0f ? 0u : kAllLanes);
+      finish_output();
+      pack_operand<T>(weights, s);
+      shrink_output(shrink);
+      at = next;
+    }
+    wait_values();
+    start_output(weights, first > 0);
+    finish_output();
+    at.advance();
+  }
+
+  // Divides by the totals; writes lse.
+  __device__ void normalize() {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float& sum = total[row];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+        o[4 * i + 2 * row] *= inverse;
+        o[4 * i + 2 * row + 1] *= inverse;
+      }
+      const int t = token + 8 * row;
+      if (p.lse && t < work.queries && lane_id() % 4 == 0) {
+        const float lse = sum > 0.0f ? peak[row] * static_cast<float>(p.scale) + logf(sum) : neg_inf<float>();
+        static_cast<float*>(p.lse)[(static_cast<int64_t>(stream) * p.queries + work.output0 + t) * p.heads + work.head] = lse;
+      }
+    }
+  }
+
+  __device__ void store(void* to) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int t = token + 8 * row;
+      T* line = static_cast<T*>(to) + ((work.output0 + t) * p.heads + work.head) * D;
+#pragma unroll
+      for (int block = 0; block < D / 32; ++block) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[block * 16 + 4 * i + 2 * row], o[block * 16 + 4 * i + 2 * row + 1]);
+        transpose_quad(x);
+        if (t < work.queries) {
+          *reinterpret_cast<uint4*>(line + block * 32 + lane_id() % 4 * 8) = uint4{x[0], x[1], x[2], x[3]};
+        }
+      }
+    }
+  }
+
+  __device__ void finish() {
+    normalize();
+    if (Streams == 2) {
+      float* line = shared.second + threadIdx.x % hopper::kWarpgroup;
+      if (stream == 1) {
+        if (p.o2) store(p.o2);
+        float lam[2];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const int t = token + 8 * row;
+          lam[row] = t < work.queries ? static_cast<const float*>(p.lam)[(work.output0 + t) * p.heads + work.head] : 0.0f;
+        }
+        hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) line[i * hopper::kWarpgroup] = o[i] * lam[i % 4 / 2];
+        hopper::arrive_threads(kSecondFull, 2 * hopper::kWarpgroup);
+        return;
+      }
+      hopper::sync_threads(kSecondFull, 2 * hopper::kWarpgroup);
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) o[i] -= line[i * hopper::kWarpgroup];
+      hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+    }
+    if (p.norm_weight) {
+      if (p.diff) store(p.diff);
+      const auto* weight = static_cast<const float*>(p.norm_weight) + lane_id() % 4 * 2;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float square = 0.0f;
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+          const float a = o[4 * i + 2 * row], b = o[4 * i + 2 * row + 1];
+          square += a * a + b * b;
+        }
+        square += __shfl_xor_sync(kAllLanes, square, 1);
+        square += __shfl_xor_sync(kAllLanes, square, 2);
+        const float rstd = rsqrtf(square / D + static_cast<float>(p.norm_eps));
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+          o[4 * i + 2 * row] *= rstd * weight[8 * i];
+          o[4 * i + 2 * row + 1] *= rstd * weight[8 * i + 1];
+        }
+      }
+    }
+    store(p.y);
+  }
+};
+
+template <class T, int D, int Streams>
+__device__ inline void consume_tiles(const ForwardArguments& p, ForwardShared<T, D, Streams>& shared, int warpgroup) {
+  using Shared = ForwardShared<T, D, Streams>;
+  // The exchange is empty.
+  if (Streams == 2 && warpgroup == 0) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+  hopper::RingPosition<kStages> at;
+  uint32_t q_parity = 0;
+  for (unsigned round = 0; item_of(round) < p.schedule.items; ++round) {
+    const Work work(p, item_of(round), Shared::kTokens, Shared::kKeys);
+    if (work.begin >= work.queries) continue;
+    Attend<T, D, Streams> attend(p, shared, work, warpgroup, at);
+    if (work.key_tiles > 0) {
+      attend.load_queries(q_parity);
+      q_parity ^= 1;
+      attend.run();
+    }
+    attend.finish();
+  }
+}
+
+constexpr int kForwardThreads = hopper::kWarpgroup * (1 + kConsumers);
+
+template <class T, int D, int Streams>
+__global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  using Shared = ForwardShared<T, D, Streams>;
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  const int warpgroup = threadIdx.x / hopper::kWarpgroup;
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp;
+    hopper::init_barrier(&shared.q_full, 1);
+    hopper::init_barrier(&shared.q_empty, kWarps);
+    for (int stage = 0; stage < kStages; ++stage) {
+      hopper::init_barrier(&shared.k_full[stage], 1);
+      hopper::init_barrier(&shared.v_full[stage], 1);
+      hopper::init_barrier(&shared.k_empty[stage], kWarps);
+      hopper::init_barrier(&shared.v_empty[stage], kWarps);
+    }
+    hopper::fence_barrier_init();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    hopper::lower_registers<24>();
+    if (threadIdx.x == 0) bring_tiles(p, shared);
+  } else {
+    hopper::raise_registers<240>();
+    consume_tiles(p, shared, warpgroup - 1);
+  }
+}
+
+template <class T, int D, int Streams>
+cudaError_t launch_forward(const DiffAttentionForward& params, DType dtype, cudaStream_t stream) {
+  using Shared = ForwardShared<T, D, Streams>;
+  ForwardArguments p{};
+  static_cast<DiffAttentionForward&>(p) = params;
+  p.schedule = make_schedule(p, Shared::kTokens);
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const auto map = [&](CUtensorMap& to, const void* base, const Strides& strides, int heads, int64_t tokens, int rows) {
+    return make_tensor_map(to, base, dtype, head_tile(D, heads, tokens, packed ? 1 : p.sequences, strides, rows));
+  };
+  auto status = map(p.q_map, p.q, p.q_strides, p.heads, packed ? p.queries : p.length_q, Shared::kTokens);
+  if (status == cudaSuccess && p.keys > 0) {
+    status = map(p.k_map, p.k, p.k_strides, p.kv_heads, packed ? p.keys : p.length_k, Shared::kKeys);
+    if (status == cudaSuccess) status = map(p.v_map, p.v, p.v_strides, p.kv_heads, packed ? p.keys : p.length_k, Shared::kKeys);
+  }
+  int device = 0, multiprocessors = 0;
+  if (status == cudaSuccess) status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  const dim3 grid(static_cast<unsigned>(std::min<unsigned>(p.schedule.items, multiprocessors)));
+  return launch(forward_kernel<T, D, Streams>, grid, kForwardThreads, sizeof(Shared), stream, p);
+}
+
+template <int D>
+cudaError_t launch_forward_d(const DiffAttentionForward& params, DType dtype, cudaStream_t stream) {
+  if (dtype == DType::kBFloat16) {
+    return params.streams == 2 ? launch_forward<__nv_bfloat16, D, 2>(params, dtype, stream)
+                               : launch_forward<__nv_bfloat16, D, 1>(params, dtype, stream);
+  }
+  return params.streams == 2 ? launch_forward<__half, D, 2>(params, dtype, stream)
+                             : launch_forward<__half, D, 1>(params, dtype, stream);
+}
+
+}  // namespace coda::kernels::sm90
