@@ -18,6 +18,7 @@ from .checks import Run
 
 _HEADS, _KV_HEADS, _TOKENS = 32, 8, 16384
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+_SECONDS = 0.2  # of runs of each competitor
 _CHECKED = 384  # tokens, not a multiple of a large tile
 _INPUTS = ("q", "k", "v", "lam", "theta", "norm_weight")
 _BASELINES = ("cudnn_stacked", "composite", "plain_cudnn", "peer_triton")
@@ -87,14 +88,14 @@ def _measure(run: Run, streams: int, dim: int, length: int) -> list[dict[str, An
             functions["peer_triton"] = _peer(*inputs)
         functions = {name: baseline(run, name, function) for name, function in functions.items() if function}
         functions = {name: function for name, function in functions.items() if function}
-        forward = run.time({"ours": functools.partial(ours, *inputs), **functions})
+        forward = run.time({"ours": functools.partial(ours, *inputs), **functions}, seconds=_SECONDS)
 
     grad = torch.randn_like(q)
     backwards = {"ours": _backward(ours, inputs, grad)}
     for name, (function, tensors) in competitors.items():
         if name in functions:
             backwards[name] = _backward(function, tensors, grad)
-    backward = run.time(backwards)
+    backward = run.time(backwards, seconds=_SECONDS)
 
     rows = []
     for pass_, times in (("forward", forward), ("backward", backward)):

@@ -5,6 +5,8 @@
 // brings the tiles of queries: a warp for that alone would leave 240 registers to the others, who need 255. README.md has the
 // mathematics.
 
+#include <algorithm>
+
 #include "../../common/launch.cuh"
 #include "../../common/sequences.cuh"
 #include "../../common/wgmma.cuh"
@@ -15,6 +17,20 @@ namespace coda::kernels::sm90 {
 
 constexpr int kQueryStages = 2;
 constexpr int kOwnKeys = 64;  // keys of a warpgroup
+
+struct Item {
+  int block, sequence, kv_head;  // of a packed batch: a block of keys of all sequences, 0
+};
+
+// Units (a KV head of a sequence, or of a whole packed batch) go in sections of as many blocks as run at a time, which then meet in the L2
+// cache what others of their unit have brought. In a section the blocks that most queries see start first, if attention is causal.
+__device__ inline Item find_block(const BackwardArguments& p) {
+  const unsigned kv_heads = p.kv_heads, all = kv_heads * (p.cu_seqlens_k ? 1u : static_cast<unsigned>(p.sequences));
+  const unsigned blocks = gridDim.x / all, size = p.section * blocks;
+  const unsigned first = blockIdx.x / size * p.section, within = blockIdx.x % size, units = min(all - first, p.section);
+  const unsigned unit = first + within % units;
+  return {static_cast<int>(within / units), static_cast<int>(unit / kv_heads), static_cast<int>(unit % kv_heads)};
+}
 
 // What a block computes, and what it needs of the queries that see it.
 struct KeyBlock {
@@ -29,9 +45,10 @@ struct KeyBlock {
   int shift;           // query i sees the keys up to i + shift
 
   __device__ void find(const BackwardArguments& p) {
-    kv_head = static_cast<int>(blockIdx.x % p.kv_heads);
-    share = static_cast<int>(blockIdx.x / p.kv_heads);
+    const Item item = find_block(p);
+    kv_head = item.kv_head;
     if (p.cu_seqlens_k) {
+      share = item.block;
       const Tile where = find_tile(p.sequences, share, kKeyBlock, [&](int64_t n) { return p.cu_seqlens_k[n]; });
       const int64_t query0 = p.cu_seqlens_q[where.sequence];
       key0 = p.cu_seqlens_k[where.sequence];
@@ -43,9 +60,9 @@ struct KeyBlock {
       key_token = static_cast<int>(key0) + begin;
       query_token = query_tile0 * kQueryTile;
     } else {
-      // Blocks of all sequences by turns: where attention is causal, those that most queries see start first.
-      sequence = static_cast<int>(share % p.sequences);
-      begin = static_cast<int>(share / p.sequences) * kKeyBlock;
+      sequence = item.sequence;
+      share = item.block * static_cast<int>(p.sequences) + sequence;
+      begin = item.block * kKeyBlock;
       keys = static_cast<int>(p.length_k);
       queries = static_cast<int>(p.length_q);
       key0 = sequence * p.length_k;
@@ -538,9 +555,15 @@ cudaError_t launch_key_blocks(const BackwardArguments& p, cudaStream_t stream) {
   const int64_t blocks =
       p.cu_seqlens_k ? tile_bound(p.keys, p.sequences, kKeyBlock) : p.sequences * ((p.length_k + kKeyBlock - 1) / kKeyBlock);
   const dim3 grid(static_cast<unsigned>(blocks * p.kv_heads));
+  const int64_t of_unit = p.cu_seqlens_k ? blocks : blocks / p.sequences;
+  int multiprocessors = 0;
+  const auto status = multiprocessor_count(multiprocessors);
+  if (status != cudaSuccess) return status;
+  BackwardArguments arguments = p;
+  arguments.section = static_cast<unsigned>(std::max<int64_t>(multiprocessors / of_unit, 1));
   return p.streams == 2
-             ? launch(key_blocks_kernel<T, D, 2>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 2>), stream, p)
-             : launch(key_blocks_kernel<T, D, 1>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 1>), stream, p);
+             ? launch(key_blocks_kernel<T, D, 2>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 2>), stream, arguments)
+             : launch(key_blocks_kernel<T, D, 1>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 1>), stream, arguments);
 }
 
 }  // namespace coda::kernels::sm90

@@ -26,6 +26,7 @@ constexpr int number_slot(int c) { return c / 16 * 16 + c % 8 / 2 * 4 + c % 16 /
 struct BackwardArguments : DiffAttentionBackward {
   int64_t tiles;        // of one head
   float log2_scale;     // scale * log2(e)
+  unsigned section;     // units of a section: see find_block
   // Parts of the workspace; T is the storage type.
   float* angles;        // (H, D/64 panels, 4, 4, 2) {cos, sin} of theta, null with one stream: see panel_pair
   float* numbers;       // (H, tiles, query_numbers, 64)

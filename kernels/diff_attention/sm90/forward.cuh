@@ -486,9 +486,8 @@ cudaError_t launch_forward(const DiffAttentionForward& params, DType dtype, cuda
     status = map(p.k_map, p.k, p.k_strides, p.kv_heads, packed ? p.keys : p.length_k, Shared::kKeys);
     if (status == cudaSuccess) status = map(p.v_map, p.v, p.v_strides, p.kv_heads, packed ? p.keys : p.length_k, Shared::kKeys);
   }
-  int device = 0, multiprocessors = 0;
-  if (status == cudaSuccess) status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  if (status == cudaSuccess) status = multiprocessor_count(multiprocessors);
   if (status != cudaSuccess) return status;
   const dim3 grid(static_cast<unsigned>(std::min<unsigned>(p.schedule.items, multiprocessors)));
   return launch(forward_kernel<T, D, Streams>, grid, kForwardThreads, sizeof(Shared), stream, p);

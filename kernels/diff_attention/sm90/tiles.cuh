@@ -35,6 +35,13 @@ __device__ inline void transpose_quad(uint32_t (&x)[4]) {
   }
 }
 
+// Of the current device.
+inline cudaError_t multiprocessor_count(int& count) {
+  int device = 0;
+  const auto status = cudaGetDevice(&device);
+  return status == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
+}
+
 // Tiles of 64 columns by `rows` tokens of one head of a tensor (sequence, token, head, D).
 inline TensorMapShape head_tile(int dim, int heads, int64_t tokens, int64_t sequences, const Strides& strides, int rows) {
   return {4,

@@ -41,6 +41,11 @@ at::Tensor diff_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
                           const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k,
                           bool causal, CODA_ATTENTION_PARAMS) {
   check_diff_attention(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k);
+  if (!torch::autograd::compute_requires_grad(q, k, v, lam, theta, norm_weight)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return std::get<0>(dispatch::diff_attention_forward(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k, causal,
+                                                        CODA_ATTENTION_ARGS, /*save=*/false));
+  }
   return DiffAttention::apply(q, k, v, lam, theta, norm_weight, cu_seqlens_q, cu_seqlens_k,
                               c10::make_intrusive<Options>(MemoryOptions(), CODA_ATTENTION_OPTIONS, causal));
 }
