@@ -2,6 +2,7 @@
 #include <string>
 #include <string_view>
 
+#include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <kernels/diff_attention/launch.h>
 #include <kernels/diff_attention/path.h>
@@ -34,6 +35,14 @@ kernels::PathChoice choose_path(const at::Tensor& q, double scale) {
     return {path, "named by CODA_DIFF_ATTENTION_PATH"};
   }
   TORCH_CHECK_VALUE(false, kPathVariable, "=", wanted, " is not a path; use portable, sm80 or sm90, or unset it");
+}
+
+// The sm90 path adds shares of grad_q in whatever order they come. Where torch.use_deterministic_algorithms asks for the same bits every
+// time, the one below it serves.
+Path backward_path(Path path) {
+  const auto& context = at::globalContext();
+  const bool deterministic = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
+  return path == Path::kSm90 && deterministic ? Path::kSm80 : path;
 }
 
 // What a path is made of.
@@ -155,7 +164,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
              grad_v = at::empty(v.sizes(), v.options());
   const auto dtype = dtype_of(q);
-  const auto path = kernels_of(problem.path);
+  const auto path = kernels_of(backward_path(problem.path));
   const auto needs = path.needs(problem.params, dtype);
   auto p = with_outputs<kernels::DiffAttentionBackward>(problem.params);
   const auto theta_partial =

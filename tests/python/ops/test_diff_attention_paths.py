@@ -54,7 +54,7 @@ def path(request, device, monkeypatch):
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """Whatever is allocated begins as NaN."""
+    """Whatever is allocated begins as NaN. With warnings alone: nothing else of deterministic mode is wanted."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -178,16 +178,19 @@ class TestEveryPath:
         assert all(bool(g.isfinite().all()) for g in gradients(call, tensors).values())
 
     def test_repeats(self, device, path):
-        """The forward bit for bit; the backward to rounding: the sm90 path adds shares of grad_q in any order."""
+        """Bit for bit; the sm90 path, which adds shares of grad_q in any order, where it is asked to."""
         call = Call(Shape(8, 2, 128), (1000,), (1000,), norm=True)
         tensors = call.make(device, torch.bfloat16)
         assert torch.equal(call.run(tensors), call.run(tensors))
-        a, b = gradients(call, tensors), gradients(call, tensors)
-        for name in a:
-            if name == "q" and path == "sm90":
-                torch.testing.assert_close(a[name], b[name])
-            else:
-                assert torch.equal(a[name], b[name]), name
+        torch.use_deterministic_algorithms(True)
+        try:
+            a, b = gradients(call, tensors), gradients(call, tensors)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        for name, grad in gradients(call, tensors).items():
+            assert torch.equal(grad, a[name]) or path == "sm90", name
+            torch.testing.assert_close(grad, a[name], rtol=2e-2, atol=1e-2 * float(a[name].abs().max()))
 
 
 class TestChoice:
