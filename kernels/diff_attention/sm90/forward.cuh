@@ -12,10 +12,9 @@
 
 namespace coda::kernels::sm90 {
 
-constexpr int kRows = 64;       // query rows of a warpgroup
-constexpr int kConsumers = 2;   // warpgroups
-
-constexpr int kStages = 2;      // tiles of keys, and of values, in shared memory
+constexpr int kRows = 64;      // query rows of a warpgroup
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kStages = 2;     // tiles of keys, and of values, in shared memory
 
 // Keys of a tile: as many as registers hold logits for.
 constexpr int tile_keys(int dim) { return dim == 64 ? 192 : 128; }
@@ -44,10 +43,10 @@ enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurned, kCleared };
 struct Work {
   int query0, key0;  // first token of the sequence, in the token dimension of a tensor map
   int queries, keys;
-  int begin;         // first token of the tile, within the sequence
-  int64_t output0;   // first token of the sequence over all sequences
+  int begin;        // first token of the tile, within the sequence
+  int64_t output0;  // first token of the sequence over all sequences
   int sequence, kv_head, head;
-  int key_tiles;         // 0 where no row of the tile sees a key
+  int key_tiles;  // 0 where no row of the tile sees a key
   bool causal;
 
   __device__ Work(const ForwardArguments& p, unsigned index, int tokens, int key_tile) : causal(p.causal) {
@@ -132,11 +131,11 @@ struct Attend {
   const int warpgroup, stream;
   hopper::RingPosition<kStages>& at;
   float log2_scale;
-  int token;                  // of this thread's first row; the second is 8 further
+  int token;  // of this thread's first row; the second is 8 further
   int visible[2];
   uint32_t q[D / 16][4];
   float o[D / 2];
-  float peak[2], total[2];    // of this thread's columns
+  float peak[2], total[2];  // of this thread's columns
 
   __device__ Attend(const ForwardArguments& arguments, Shared& s, const Work& w, int group,
                     hopper::RingPosition<kStages>& position)
