@@ -15,8 +15,6 @@
 
 namespace coda::cpu {
 
-constexpr int64_t kLanes = 16;
-
 // x[i] = x[i] + bias[i] (bias may be null); returns max(peak, max x).
 float add_bias_and_max(float* x, const float* bias, int64_t n, float peak);
 double add_bias_and_max(double* x, const double* bias, int64_t n, double peak);
