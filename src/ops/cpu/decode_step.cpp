@@ -174,115 +174,173 @@ void evict(const Step<S>& p, int64_t n, const std::vector<acc_t<S>>& stay) {
 // --- attention -----------------------------------------------------------------------------------------------------------
 
 template <class S>
-void write_ring(const Step<S>& p, int64_t n, int64_t kv) {
+void write_ring(const Step<S>& p, int64_t n) {
   const int64_t slot = p.position(n) % p.window;
-  std::copy_n(p.k.template const_data_ptr<S>() + (n * p.kv_heads + kv) * p.dim, p.dim, p.key(n, kv, slot));
-  std::copy_n(p.v.template const_data_ptr<S>() + (n * p.kv_heads + kv) * p.dim, p.dim, p.value(n, kv, slot));
-  if (kv < p.groups) p.gate_of(n, kv, slot) = p.gate.template const_data_ptr<acc_t<S>>()[n * p.groups + kv];
+  for (int64_t kv = 0; kv < p.kv_heads; ++kv) {
+    std::copy_n(p.k.template const_data_ptr<S>() + (n * p.kv_heads + kv) * p.dim, p.dim, p.key(n, kv, slot));
+    std::copy_n(p.v.template const_data_ptr<S>() + (n * p.kv_heads + kv) * p.dim, p.dim, p.value(n, kv, slot));
+  }
+  for (int64_t g = 0; g < p.groups; ++g) {
+    p.gate_of(n, g, slot) = p.gate.template const_data_ptr<acc_t<S>>()[n * p.groups + g];
+  }
 }
 
-// A row of the state in T: itself, or widened into `buffer`.
-template <class T>
-const T* widened(const T* row, int64_t, T*) {
-  return row;
-}
-template <class T, class S>
-const T* widened(const S* row, int64_t dim, T* buffer) {
-  load_row(buffer, row, dim);
-  return buffer;
-}
+// The slots of one sequence and KV head are read in parts. Each part takes the softmax over its own slots, for all query heads and
+// both streams, while its keys and values are in the nearest cache; merging the parts ends the step. So threads share the work of
+// a single sequence. The size is fixed: the order of a row's sums depends neither on threads nor on the batch.
+constexpr int64_t kPart = 64;
 
-// One stream of all query heads of one KV head of one sequence, into out (G, D). Few rows meet many slots, each once, so this
-// goes over the slots in place: packing them for a GEMM would cost as much as the products.
+// Keys, values and biases of the slots of a part that are seen, in T.
 template <class S>
-void attend(const Step<S>& p, int64_t n, int64_t kv, bool second, acc_t<S>* out) {
+struct PartRows {
   using T = acc_t<S>;
-  constexpr T none = -std::numeric_limits<T>::infinity();
-  const int64_t dim = p.dim, lines = p.group;
-  const int64_t position = p.position(n), start = position / p.chunk * p.chunk;
-  const int64_t window_begin = std::max<int64_t>(0, start - (p.window - p.chunk));
-  const auto head_of = [&](int64_t r) { return kv * p.group + r; };
+  int64_t dim, count = 0;
+  const T *keys[kPart], *values[kPart];
+  T bias[kPart];
+  std::vector<T> wide;  // where the state is narrower
 
-  std::vector<T> ring_q(lines * dim), bank_q, cos(dim / 2), sin(dim / 2);
-  if (p.options.bank_distance) {
-    bank_q.resize(lines * dim);
-    rope_angles(cos.data(), sin.data(), p.inv_freq.template const_data_ptr<double>(), dim / 2, *p.options.bank_distance - start);
+  explicit PartRows(int64_t dim_) : dim(dim_), wide(std::is_same_v<S, T> ? 0 : 2 * kPart * dim) {}
+
+  template <class Row>
+  void see(const Row* key, const Row* value, T slot_bias) {
+    keys[count] = in_t(key, 2 * count);
+    values[count] = in_t(value, 2 * count + 1);
+    bias[count++] = slot_bias;
   }
-  for (int64_t r = 0; r < p.group; ++r) {
-    T* row = ring_q.data() + r * dim;
-    load_row(row, p.q.template const_data_ptr<S>() + (n * p.heads + head_of(r)) * dim, dim);
-    scale_row(row, dim, p.head.scale);
-    const auto turn_second = [&](T* query) {
-      if (second) rotate_row(query, p.head.cos(head_of(r), dim), p.head.sin(head_of(r), dim), dim, p.head.pairs);
-    };
-    if (!bank_q.empty()) {
-      T* towards_bank = bank_q.data() + r * dim;
-      std::copy_n(row, dim, towards_bank);
-      rotate_row(towards_bank, cos.data(), sin.data(), dim, p.options.rope_pairs);
-      turn_second(towards_bank);
+
+ private:
+  // Asks memory for the row now: the whole part is on its way while the first rows are used.
+  const T* in_t(const T* row, int64_t) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(row + i);
+    return row;
+  }
+  template <class Row>
+  const T* in_t(const Row* row, int64_t place) {
+    load_row(wide.data() + place * dim, row, dim);
+    return wide.data() + place * dim;
+  }
+};
+
+// The attention of a step: prepare() for each sequence, then attend() for each part, then finish() for each row of y.
+template <class S>
+class Attention {
+ public:
+  using T = acc_t<S>;
+
+  explicit Attention(const Step<S>& step)
+      : p_(step), lines_(step.head.streams() * step.group), ring_parts_(at::divup(step.window, kPart)),
+        exact_parts_(at::divup(step.exact, kPart)), parts_(ring_parts_ + exact_parts_ + at::divup(step.summary, kPart)),
+        query_(2 * units() * lines_ * step.dim), out_(parts() * lines_ * step.dim), peak_(parts() * lines_), total_(parts() * lines_) {}
+
+  int64_t units() const { return p_.q.size(0) * p_.kv_heads; }
+  int64_t parts() const { return units() * parts_; }
+
+  // The queries of a sequence: turned towards its ring and towards its banks, for each stream.
+  void prepare(int64_t n) {
+    const int64_t dim = p_.dim;
+    std::vector<T> cos(dim / 2), sin(dim / 2);
+    if (p_.options.bank_distance) {
+      rope_angles(cos.data(), sin.data(), p_.inv_freq.template const_data_ptr<double>(), dim / 2,
+                  *p_.options.bank_distance - chunk_start(n));
     }
-    turn_second(row);
-  }
-
-  // Slots in use, and their biases.
-  std::vector<int64_t> seen;
-  std::vector<T> bias;
-  const auto see = [&](int64_t slot, T slot_bias) {
-    seen.push_back(slot);
-    bias.push_back(slot_bias);
-  };
-  for (int64_t t = window_begin; t <= position; ++t) see(t % p.window, T(0));
-  const size_t ring_slots = seen.size();
-  const int64_t g = p.group_of(kv);
-  for (int64_t j = 0; j < p.exact; ++j) {
-    if (p.exact_pos(n, g, j) < 0) continue;
-    const bool biased = p.options.gate_bias && j >= p.options.num_sinks;
-    see(p.window + j, biased ? log_sigmoid(p.gate_of(n, g, p.window + j)) : T(0));
-  }
-  for (int64_t j = 0; j < p.summary; ++j) {
-    if (p.mass(n, j) > T(0)) see(p.held() + j, p.options.mass_bias ? std::log(p.mass(n, j)) : T(0));
-  }
-
-  std::vector<T> buffer(dim), weight(lines * seen.size());
-  const auto row_of = [&](int64_t slot, const S* rows, const at::Tensor& summaries) -> const T* {
-    if (slot >= p.held()) {
-      return summaries.const_data_ptr<T>() + ((n * p.kv_heads + kv) * p.summary + slot - p.held()) * dim;
+    for (int64_t h = 0; h < p_.heads; ++h) {
+      const int64_t unit = n * p_.kv_heads + h / p_.group, line = h % p_.group;
+      T *ring = queries(unit, false) + line * dim, *bank = queries(unit, true) + line * dim;
+      load_row(ring, p_.q.template const_data_ptr<S>() + (n * p_.heads + h) * dim, dim);
+      scale_row(ring, dim, p_.head.scale);
+      std::copy_n(ring, dim, bank);
+      // As prefill does: the turn towards the bank, then R_theta.
+      if (p_.options.bank_distance) rotate_row(bank, cos.data(), sin.data(), dim, p_.options.rope_pairs);
+      if (!p_.head.two_streams) continue;
+      for (T* first : {ring, bank}) {
+        T* second = first + p_.group * dim;
+        std::copy_n(first, dim, second);
+        rotate_row(second, p_.head.cos(h, dim), p_.head.sin(h, dim), dim, p_.head.pairs);
+      }
     }
-    return widened<T>(rows + slot * dim, dim, buffer.data());
-  };
-  for (size_t i = 0; i < seen.size(); ++i) {
-    const T* key = row_of(seen[i], p.key(n, kv, 0), p.state.summary_k);
-    const T* query = i < ring_slots || bank_q.empty() ? ring_q.data() : bank_q.data();
-    dot_lines(weight.data() + i, seen.size(), query, lines, key, dim);
   }
-  std::fill_n(out, lines * dim, T(0));
-  for (int64_t l = 0; l < lines; ++l) {
-    T* row = weight.data() + l * seen.size();
-    const T peak = add_bias_and_max(row, bias.data(), seen.size(), none);
-    // A row whose every logit is -inf has no key to attend to.
-    if (peak == none) {
-      std::fill_n(row, seen.size(), T(0));
+
+  // One part of all those of all sequences and KV heads.
+  void attend(int64_t index) {
+    const int64_t unit = index / parts_, part = index % parts_;
+    PartRows<S> rows(p_.dim);
+    see(rows, unit / p_.kv_heads, unit % p_.kv_heads, part);
+    std::vector<T> weight(lines_ * kPart);
+    dot_rows(weight.data(), kPart, queries(unit, part >= ring_parts_), lines_, rows.keys, rows.count, p_.dim);
+    for (int64_t l = 0; l < lines_; ++l) {
+      T *row = weight.data() + l * kPart, &peak = peak_[index * lines_ + l];
+      peak = add_bias_and_max(row, rows.bias, rows.count, kNone);
+      if (peak != kNone) total_[index * lines_ + l] = exp_and_sum(row, rows.count, peak);
+    }
+    sum_rows(out_.data() + index * lines_ * p_.dim, lines_, weight.data(), kPart, rows.values, rows.count, p_.dim);
+  }
+
+  // One row of y (N, H).
+  void finish(int64_t row) {
+    const int64_t n = row / p_.heads, h = row % p_.heads, unit = n * p_.kv_heads + h / p_.group, line = h % p_.group;
+    std::vector<T> o1(p_.dim), o2(p_.head.two_streams ? p_.dim : 0);
+    merge(o1.data(), unit, line);
+    if (p_.head.two_streams) merge(o2.data(), unit, p_.group + line);
+    finish_row(p_.y.template data_ptr<S>() + row * p_.dim, o1.data(), p_.head.two_streams ? o2.data() : nullptr,
+               p_.head.two_streams ? static_cast<T>(p_.lam.template const_data_ptr<S>()[row]) : T(0), p_.head, p_.dim);
+  }
+
+ private:
+  static constexpr T kNone = -std::numeric_limits<T>::infinity();
+
+  int64_t chunk_start(int64_t n) const { return p_.position(n) / p_.chunk * p_.chunk; }
+  T* queries(int64_t unit, bool bank) { return query_.data() + (2 * unit + bank) * lines_ * p_.dim; }
+
+  // What the new token sees of a part: ring, exact or summary slots.
+  void see(PartRows<S>& rows, int64_t n, int64_t kv, int64_t part) const {
+    if (part < ring_parts_) {
+      const int64_t newest = p_.position(n) % p_.window;
+      const int64_t oldest = std::max<int64_t>(0, chunk_start(n) - (p_.window - p_.chunk));
+      for (int64_t slot = part * kPart; slot < std::min(p_.window, (part + 1) * kPart); ++slot) {
+        const int64_t age = newest - slot + (slot > newest ? p_.window : 0);
+        if (p_.position(n) - age >= oldest) rows.see(p_.key(n, kv, slot), p_.value(n, kv, slot), T(0));
+      }
+    } else if (part < ring_parts_ + exact_parts_) {
+      const int64_t g = p_.group_of(kv), first = (part - ring_parts_) * kPart;
+      for (int64_t j = first; j < std::min(p_.exact, first + kPart); ++j) {
+        if (p_.exact_pos(n, g, j) < 0) continue;
+        const int64_t slot = p_.window + j;
+        const bool biased = p_.options.gate_bias && j >= p_.options.num_sinks;
+        rows.see(p_.key(n, kv, slot), p_.value(n, kv, slot), biased ? log_sigmoid(p_.gate_of(n, g, slot)) : T(0));
+      }
     } else {
-      scale_row(row, seen.size(), T(1) / exp_and_sum(row, seen.size(), peak));
+      const T *keys = p_.state.summary_k.template const_data_ptr<T>(), *values = p_.state.summary_v.template const_data_ptr<T>();
+      const int64_t first = (part - ring_parts_ - exact_parts_) * kPart;
+      for (int64_t j = first; j < std::min(p_.summary, first + kPart); ++j) {
+        const T mass = p_.mass(n, j);
+        if (!(mass > T(0))) continue;
+        const int64_t row = ((n * p_.kv_heads + kv) * p_.summary + j) * p_.dim;
+        rows.see(keys + row, values + row, p_.options.mass_bias ? std::log(mass) : T(0));
+      }
     }
   }
-  for (size_t i = 0; i < seen.size(); ++i) {
-    const T* value = row_of(seen[i], p.value(n, kv, 0), p.state.summary_v);
-    add_to_lines(out, lines, weight.data() + i, seen.size(), value, dim);
-  }
-}
 
-// y from the streams (streams, N, H, D).
-template <class S>
-void finish(const Step<S>& p, acc_t<S>* out) {
-  using T = acc_t<S>;
-  const int64_t rows = p.q.size(0) * p.heads;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T lam = p.head.two_streams ? static_cast<T>(p.lam.template const_data_ptr<S>()[r]) : T(0);
-    finish_row(p.y.template data_ptr<S>() + r * p.dim, out + r * p.dim, p.head.two_streams ? out + (rows + r) * p.dim : nullptr, lam,
-               p.head, p.dim);
+  // A query line over all slots, into out (D): 0 where no slot gave it a key to attend to.
+  void merge(T* out, int64_t unit, int64_t line) const {
+    const auto at = [&](int64_t part) { return (unit * parts_ + part) * lines_ + line; };
+    T peak = kNone, total = 0;
+    for (int64_t part = 0; part < parts_; ++part) peak = std::max(peak, peak_[at(part)]);
+    for (int64_t part = 0; part < parts_; ++part) {
+      if (peak_[at(part)] == kNone) continue;
+      const T factor = std::exp(peak_[at(part)] - peak);
+      total += factor * total_[at(part)];
+      axpy_row(out, out_.data() + at(part) * p_.dim, p_.dim, factor);
+    }
+    if (peak != kNone) scale_row(out, p_.dim, T(1) / total);
   }
-}
+
+  const Step<S>& p_;
+  int64_t lines_;                              // of one KV head: its query heads, once for each stream
+  int64_t ring_parts_, exact_parts_, parts_;   // of one KV head of one sequence
+  std::vector<T> query_;                       // (N, Hkv, 2, lines, D), scaled: towards the ring, towards the banks
+  std::vector<T> out_, peak_, total_;          // (N, Hkv, parts, lines, D) and twice (N, Hkv, parts, lines), not yet normalised
+};
 
 at::Tensor decode_step_(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
                         const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight,
@@ -294,17 +352,19 @@ at::Tensor decode_step_(const at::Tensor& q, const at::Tensor& k, const at::Tens
     const Step<scalar_t> p(q, k, v, lam, theta, norm_weight, gate, state, inv_freq, memory, CODA_ATTENTION_OPTIONS);
     const auto stay = staying_rates<acc_t<scalar_t>>(eta_logit);
     const int64_t sequences = p.q.size(0);
-    const int64_t units = sequences * p.kv_heads;
-    for (int64_t n = 0; n < sequences; ++n) evict(p, n, stay);
-    for (int64_t unit = 0; unit < units; ++unit) write_ring(p, unit / p.kv_heads, unit % p.kv_heads);
-    std::vector<acc_t<scalar_t>> out(p.head.streams() * units * p.group * p.dim);
-    at::parallel_for(0, p.head.streams() * units, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t unit = i % units;
-        attend(p, unit / p.kv_heads, unit % p.kv_heads, i >= units, out.data() + i * p.group * p.dim);
-      }
+    Attention<scalar_t> attention(p);
+    const auto each = [](int64_t count, int64_t grain, const auto& work) {
+      at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) work(i);
+      });
+    };
+    each(sequences, 1, [&](int64_t n) {
+      evict(p, n, stay);
+      write_ring(p, n);
+      attention.prepare(n);
     });
-    finish(p, out.data());
+    each(attention.parts(), 1, [&](int64_t part) { attention.attend(part); });
+    each(sequences * p.heads, 64, [&](int64_t row) { attention.finish(row); });
     for (int64_t n = 0; n < sequences; ++n) ++p.tokens_seen[n];
     return p.y;
   });

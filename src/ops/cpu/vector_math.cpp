@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 // Into every clone that calls it, to be compiled for its instruction set.
 #define CODA_ALWAYS __attribute__((always_inline))
@@ -12,8 +13,8 @@
 namespace coda::cpu {
 namespace {
 
-// Eight floats or four doubles, spelled out: compilers do not vectorise a loop with a comparison in it, and keep an array of lanes
-// in memory.
+// Eight floats or four doubles. Vectors that work side by side have to be spelled out, without a loop over them: as an array of
+// lanes, or of vectors with a running index, compilers keep them in memory, and a comparison keeps them from vectorising at all.
 template <class T>
 struct Vector {
   typedef T type __attribute__((vector_size(32)));
@@ -22,6 +23,11 @@ template <class T>
 using vector_t = typename Vector<T>::type;
 template <class T>
 constexpr int64_t vector_lanes = sizeof(vector_t<T>) / sizeof(T);
+
+template <class T>
+CODA_INLINE void load(vector_t<T>& to, const T* from) {
+  std::memcpy(&to, from, sizeof to);
+}
 
 template <class T>
 CODA_INLINE T sum_of(const vector_t<T>& x) {
@@ -35,6 +41,13 @@ CODA_INLINE T sum_of(const vector_t<T>& x) {
   } else {
     return (low[0] + low[2]) + (low[1] + low[3]);
   }
+}
+
+// f(0), f(1), ..., f(N - 1), each with its number as a constant.
+template <int N, class F>
+CODA_INLINE void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) CODA_ALWAYS { (f(std::integral_constant<int, I>()), ...); }
+  (std::make_integer_sequence<int, N>());
 }
 
 // f(i, count) for every vector of n elements; the last may hold fewer. A full one knows its count as a constant.
@@ -113,28 +126,77 @@ inline T dot_body(const T* __restrict a, const T* __restrict b, int64_t n) {
   return lane[0];
 }
 
-template <class T>
-inline void dot_lines_body(T* __restrict out, int64_t stride, const T* __restrict lines, int64_t count, const T* __restrict x,
-                           int64_t n) {
-  constexpr int64_t lanes = 8;  // more would have to be folded again
-  for (int64_t l = 0; l < count; ++l, lines += n) {
-    T lane[lanes] = {};
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-      for (int64_t j = 0; j < lanes; ++j) lane[j] += lines[i + j] * x[i + j];
+// --- a few lines against many rows -----------------------------------------------------------------------------------------
+
+// L lines against R rows.
+template <int L, int R, class T>
+CODA_INLINE void dot_block(T* out, int64_t stride, const T* lines, const T* const* rows, int64_t n) {
+  vector_t<T> sum[L * R] = {}, row[R], line[L];
+  int64_t i = 0;
+  for (; i + vector_lanes<T> <= n; i += vector_lanes<T>) {
+    unrolled<R>([&](auto r) CODA_ALWAYS { load(row[r], rows[r] + i); });
+    unrolled<L>([&](auto l) CODA_ALWAYS { load(line[l], lines + l * n + i); });
+    unrolled<L * R>([&](auto lr) CODA_ALWAYS { sum[lr] += line[lr / R] * row[lr % R]; });
+  }
+  unrolled<L * R>([&](auto lr) CODA_ALWAYS { out[lr / R * stride + lr % R] = sum_of<T>(sum[lr]); });
+  for (; i < n; ++i) {
+    for (int l = 0; l < L; ++l) {
+      for (int r = 0; r < R; ++r) out[l * stride + r] += lines[l * n + i] * rows[r][i];
     }
-    T total = 0;
-    for (; i < n; ++i) total += lines[i] * x[i];
-    out[l * stride] = total + (((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7])));
+  }
+}
+
+template <int L, class T>
+CODA_INLINE void dot_lines(T* out, int64_t stride, const T* lines, const T* const* rows, int64_t row_count, int64_t n) {
+  int64_t r = 0;
+  for (; r + 4 <= row_count; r += 4) dot_block<L, 4>(out + r, stride, lines, rows + r, n);
+  for (; r < row_count; ++r) dot_block<L, 1>(out + r, stride, lines, rows + r, n);
+}
+
+template <class T>
+CODA_INLINE void dot_rows_body(T* out, int64_t stride, const T* lines, int64_t count, const T* const* rows, int64_t row_count,
+                               int64_t n) {
+  int64_t l = 0;
+  for (; l + 2 <= count; l += 2) dot_lines<2>(out + l * stride, stride, lines + l * n, rows, row_count, n);
+  if (l < count) dot_lines<1>(out + l * stride, stride, lines + l * n, rows, row_count, n);
+}
+
+// V vectors of L lines, which stay in registers while all rows pass.
+template <int L, int V, class T>
+CODA_INLINE void sum_block(T* lines, const T* weight, int64_t stride, const T* const* rows, int64_t row_count, int64_t n,
+                           int64_t i) {
+  constexpr int64_t lanes = vector_lanes<T>;
+  vector_t<T> sum[L * V] = {}, part[V];
+  for (int64_t r = 0; r < row_count; ++r) {
+    unrolled<V>([&](auto v) CODA_ALWAYS { load(part[v], rows[r] + i + v * lanes); });
+    unrolled<L * V>([&](auto lv) CODA_ALWAYS { sum[lv] += weight[lv / V * stride + r] * part[lv % V]; });
+  }
+  unrolled<L * V>([&](auto lv) CODA_ALWAYS {
+    std::memcpy(lines + lv / V * n + i + lv % V * lanes, &sum[lv], sizeof sum[lv]);
+  });
+}
+
+template <int L, class T>
+CODA_INLINE void sum_lines(T* lines, const T* weight, int64_t stride, const T* const* rows, int64_t row_count, int64_t n) {
+  constexpr int64_t lanes = vector_lanes<T>;
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) sum_block<L, 4>(lines, weight, stride, rows, row_count, n, i);
+  for (; i + lanes <= n; i += lanes) sum_block<L, 1>(lines, weight, stride, rows, row_count, n, i);
+  for (; i < n; ++i) {
+    for (int64_t l = 0; l < L; ++l) {
+      T total = 0;
+      for (int64_t r = 0; r < row_count; ++r) total += weight[l * stride + r] * rows[r][i];
+      lines[l * n + i] = total;
+    }
   }
 }
 
 template <class T>
-inline void add_to_lines_body(T* __restrict lines, int64_t count, const T* __restrict weight, int64_t stride, const T* __restrict x,
-                              int64_t n) {
-  for (int64_t l = 0; l < count; ++l, lines += n) {
-    for (int64_t i = 0; i < n; ++i) lines[i] += weight[l * stride] * x[i];
-  }
+CODA_INLINE void sum_rows_body(T* lines, int64_t count, const T* weight, int64_t stride, const T* const* rows, int64_t row_count,
+                               int64_t n) {
+  int64_t l = 0;
+  for (; l + 2 <= count; l += 2) sum_lines<2>(lines + l * n, weight + l * stride, stride, rows, row_count, n);
+  if (l < count) sum_lines<1>(lines + l * n, weight + l * stride, stride, rows, row_count, n);
 }
 
 }  // namespace
@@ -170,18 +232,21 @@ CODA_TARGET_CLONES void axpy_row(double* __restrict y, const double* __restrict 
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
 }
 
-CODA_TARGET_CLONES void dot_lines(float* out, int64_t stride, const float* lines, int64_t count, const float* x, int64_t n) {
-  dot_lines_body(out, stride, lines, count, x, n);
+CODA_TARGET_CLONES void dot_rows(float* out, int64_t stride, const float* lines, int64_t count, const float* const* rows,
+                                 int64_t row_count, int64_t n) {
+  dot_rows_body(out, stride, lines, count, rows, row_count, n);
 }
-CODA_TARGET_CLONES void dot_lines(double* out, int64_t stride, const double* lines, int64_t count, const double* x, int64_t n) {
-  dot_lines_body(out, stride, lines, count, x, n);
+CODA_TARGET_CLONES void dot_rows(double* out, int64_t stride, const double* lines, int64_t count, const double* const* rows,
+                                 int64_t row_count, int64_t n) {
+  dot_rows_body(out, stride, lines, count, rows, row_count, n);
 }
-CODA_TARGET_CLONES void add_to_lines(float* lines, int64_t count, const float* weight, int64_t stride, const float* x, int64_t n) {
-  add_to_lines_body(lines, count, weight, stride, x, n);
+CODA_TARGET_CLONES void sum_rows(float* lines, int64_t count, const float* weight, int64_t stride, const float* const* rows,
+                                 int64_t row_count, int64_t n) {
+  sum_rows_body(lines, count, weight, stride, rows, row_count, n);
 }
-CODA_TARGET_CLONES void add_to_lines(double* lines, int64_t count, const double* weight, int64_t stride, const double* x,
-                                     int64_t n) {
-  add_to_lines_body(lines, count, weight, stride, x, n);
+CODA_TARGET_CLONES void sum_rows(double* lines, int64_t count, const double* weight, int64_t stride, const double* const* rows,
+                                 int64_t row_count, int64_t n) {
+  sum_rows_body(lines, count, weight, stride, rows, row_count, n);
 }
 
 CODA_TARGET_CLONES float fixed_order_dot(const float* a, const float* b, int64_t n) { return dot_body(a, b, n); }

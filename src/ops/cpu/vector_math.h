@@ -35,13 +35,13 @@ void softmax_backward_row(double* p, const double* dp, int64_t n, double factor,
 void axpy_row(float* y, const float* x, int64_t n, float factor);
 void axpy_row(double* y, const double* x, int64_t n, double factor);
 
-// out[l * stride] = line l . x, for `count` lines of n elements.
-void dot_lines(float* out, int64_t stride, const float* lines, int64_t count, const float* x, int64_t n);
-void dot_lines(double* out, int64_t stride, const double* lines, int64_t count, const double* x, int64_t n);
+// out[l * stride + r] = line l . rows[r], for `count` lines of n elements, one after the other, and rows of n wherever they lie.
+void dot_rows(float* out, int64_t stride, const float* lines, int64_t count, const float* const* rows, int64_t row_count, int64_t n);
+void dot_rows(double* out, int64_t stride, const double* lines, int64_t count, const double* const* rows, int64_t row_count, int64_t n);
 
-// Line l += weight[l * stride] * x.
-void add_to_lines(float* lines, int64_t count, const float* weight, int64_t stride, const float* x, int64_t n);
-void add_to_lines(double* lines, int64_t count, const double* weight, int64_t stride, const double* x, int64_t n);
+// Line l = sum over r of weight[l * stride + r] * rows[r].
+void sum_rows(float* lines, int64_t count, const float* weight, int64_t stride, const float* const* rows, int64_t row_count, int64_t n);
+void sum_rows(double* lines, int64_t count, const double* weight, int64_t stride, const double* const* rows, int64_t row_count, int64_t n);
 
 // Sum of a[i] * b[i] in one fixed order on every device: 32 interleaved partial sums, each product rounded before its sum,
 // folded 16, 8, 4, 2, 1. Routing decisions rest on it.
