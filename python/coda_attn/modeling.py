@@ -146,6 +146,8 @@ class GateProjection(ConstantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = _wide(x.dtype)
+        if x.dtype == self.weight.dtype == dtype and not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
@@ -200,15 +202,15 @@ class CodaAttention(nn.Module):
         return F.apply_rope(x, positions, self.inv_freq(x.device), attention_scaling=self._rope_scaling)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, L, H, D), k and v (B, L, Hkv, D), not rotated yet, for x (B, L, E)."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        """q (..., H, D), k and v (..., Hkv, D), not rotated yet, for x (..., E)."""
+        q, k, v = (torch.unflatten(p(x), -1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         # Under autocast the norms give float32 and the projections do not.
         return q.to(v.dtype), k.to(v.dtype), v
 
     def streams(self, x: Tensor, q: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        """lambda (B, L, H) and theta (H, D/2) for x (B, L, E), or None for one stream."""
+        """lambda (..., H) and theta (H, D/2) for x (..., E), or None for one stream."""
         if self.lambda_proj is None or self.single_stream:
             return None, None
         return self.lambda_proj(x).sigmoid().to(q.dtype), self.theta
@@ -256,8 +258,10 @@ class CodaAttention(nn.Module):
         return self._scatter(self.o_proj(y.flatten(-2)[None]), packing, rows, length)
 
     def _bounded(self, x: Tensor, packing: Optional[Packing], cache: Any, position_ids: Optional[Tensor]) -> Tensor:
-        memory = self._memory(cache)
         rows, length, _ = x.shape
+        memory = self._memory(cache, rows)
+        if memory is not None and memory.is_initialized and packing is None and length == 1 and not torch.is_grad_enabled():
+            return self._decode(x, memory)
         if packing is not None:
             x = x.flatten(0, 1)[packing.query][None]
         q, k, v = self.project(x)
@@ -267,9 +271,6 @@ class CodaAttention(nn.Module):
             if not memory.is_initialized:
                 memory.lazy_initialization(k.new_empty(rows, k.shape[2], 0, self.head_dim), v)
             state = memory.state
-            if state.sequences != rows:
-                raise ValueError(f"{rows} rows were given with a cache of {state.sequences} sequences; "
-                                 "use the cache with the batch that it was made for")
         if packing is None:
             positions = state.tokens_seen[:, None]
             if length > 1:
@@ -278,34 +279,46 @@ class CodaAttention(nn.Module):
             positions = (state.tokens_seen[packing.row] + packing.step)[None]
         q, k = self.rope(q, positions), self.rope(k, positions)
         lam, theta = self.streams(x, q)
-        gate = self.write_proj(x)
-        options = {"inv_freq": self.inv_freq(x.device), "config": self.coda, "norm_weight": self.norm_weight,
-                   "eta_logit": self.summary_eta_logit, "scale": self.scaling}
-        if memory is not None and packing is None and length == 1 and not torch.is_grad_enabled():
-            q, k, v, lam, gate = (None if t is None else t.squeeze(1) for t in (q, k, v, lam, gate))
-            y = F.decode_step_(q, k, v, lam, theta, gate, state, **options).unsqueeze(1)
-            memory.columns += 1
-        else:
-            cu_seqlens = None
-            if packing is not None:
-                cu_seqlens = packing.cu_query
-                q, k, v, lam, gate = (None if t is None else t.squeeze(0) for t in (q, k, v, lam, gate))
-            y, state = F.bounded_attention(q, k, v, lam, theta, gate, state, cu_seqlens=cu_seqlens, **options)
-            y = y if packing is None else y[None]
-            if memory is not None:
-                memory.store(state, length)
-        y = self.o_proj(y.flatten(-2))
+        gate, cu_seqlens = self.write_proj(x), None
+        if packing is not None:
+            cu_seqlens = packing.cu_query
+            q, k, v, lam, gate = (None if t is None else t.squeeze(0) for t in (q, k, v, lam, gate))
+        y, state = F.bounded_attention(q, k, v, lam, theta, gate, state, cu_seqlens=cu_seqlens, **self._memory_options(x.device))
+        if memory is not None:
+            memory.store(state, length)
+        y = self.o_proj((y if packing is None else y[None]).flatten(-2))
         return y if packing is None else self._scatter(y, packing, rows, length)
 
-    def _memory(self, cache: Any) -> Optional[CodaCacheLayer]:
+    def _decode(self, x: Tensor, memory: CodaCacheLayer) -> Tensor:
+        """``_bounded`` for one token of every row. It runs so often that what it does not need, such as a dimension for the
+        tokens, would show in the time of a step."""
+        x = x.squeeze(1)
+        q, k, v = self.project(x)
+        seen = memory.state.tokens_seen
+        q, k = self.rope(q, seen), self.rope(k, seen)
+        y = F.decode_step_(q, k, v, *self.streams(x, q), self.write_proj(x), memory.state, **self._memory_options(x.device))
+        memory.columns += 1
+        return self.o_proj(y.flatten(-2)).unsqueeze(1)
+
+    def _memory_options(self, device: torch.device) -> dict[str, Any]:
+        """The keyword arguments that the ops over a bounded memory share."""
+        return {"inv_freq": self.inv_freq(device), "config": self.coda, "norm_weight": self.norm_weight,
+                "eta_logit": self.summary_eta_logit, "scale": self.scaling}
+
+    def _memory(self, cache: Any, rows: int) -> Optional[CodaCacheLayer]:
         if cache is None:
             return None
         if not isinstance(cache, CodaCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}, which keeps every key; mode 'bounded' needs a CodaCache. "
                              "Leave past_key_values out, or make one with coda_attn.cache.CodaCache(model.config)")
         memory = cache.layers[self.layer_idx]
-        if memory.config != self.coda:
-            raise ValueError("this cache was made with another CodaConfig than the model has now; start with a new one")
+        if memory.config is not self.coda:
+            if memory.config != self.coda:
+                raise ValueError("this cache was made with another CodaConfig than the model has now; start with a new one")
+            memory.config = self.coda  # the same object next time: comparing all fields at every token takes a while
+        if memory.is_initialized and memory.state.sequences != rows:
+            raise ValueError(f"{rows} rows were given with a cache of {memory.state.sequences} sequences; "
+                             "use the cache with the batch that it was made for")
         return memory
 
 
