@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CONFIGS, Case, assert_same_memory, cases, compiled, examples, repeatable
+from cases import CONFIGS, Case, Shape, assert_same_memory, cases, compiled, examples, repeatable
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
-from coda_attn import State, functional as F
+from coda_attn import CodaConfig, State, functional as F
 
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 STEPS = 21  # several chunks of every configuration here
@@ -51,6 +51,23 @@ class TestAgainstBoundedAttention:
         expected, state = p.call()
         stepped = State.empty(2, p.k.shape[1], p.k.shape[2], config, dtype=torch.float64, device=device)
         assert_close(torch.stack([step.step_() for step in steps(p, stepped)], 1).flatten(0, 1), expected)
+        assert_same_memory(stepped, state, config, same_device=True)
+
+    # More slots than are read at once, and a head dimension of several registers and a rest.
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("differential", [True, False])
+    @pytest.mark.parametrize("slots", [
+        dict(window=144, chunk=16, exact_slots=90, num_sinks=3),
+        dict(window=96, chunk=32, exact_slots=70, summary_slots=67, policy="novelty_lru", gates="shared", num_sinks=0,
+             bank_distance=None, mass_bias=True, tau_novel=0.99, tau_spawn=0.99)])
+    def test_many_slots(self, device, dtype, differential, slots):
+        config = CodaConfig(**slots, differential=differential)
+        p = Case(config, Shape(6, 2, 44), seen=(430, 75), fresh=(STEPS, STEPS)).make(dtype).to(device)
+        assert (p.state.exact_pos >= 0).sum() > 64
+        expected, state = p.call()
+        stepped = p.state.clone()
+        y = torch.stack([step.step_() for step in steps(p, stepped)], 1).flatten(0, 1)
+        assert_close(y, expected)
         assert_same_memory(stepped, state, config, same_device=True)
 
     @all_configs
