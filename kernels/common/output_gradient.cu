@@ -13,31 +13,67 @@ constexpr int kWarps = 8;
 constexpr int kRowsPerWarp = 8;
 constexpr int kRowsPerBlock = kWarps * kRowsPerWarp;
 
-// Pair elements of a row that a lane owns: two neighbours, 64 elements from one pair to the next.
-constexpr int kPairs = kMaxDim / (2 * kWarp);
-
 template <class T>
-struct alignas(2 * sizeof(T)) Pair {
-  T x, y;
-};
-
-// f(i, d) for every even d of a row that this lane owns with d + 1; i counts them.
-template <class F>
-__device__ inline void for_pairs(int dim, F f) {
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int d = 2 * (lane_id() + i * kWarp);
-    if (d < dim) f(i, d);
+__global__ void __launch_bounds__(kWarps * kWarp) output_gradient_kernel(OutputGradientParams p) {
+  using A = acc_t<T>;
+  const auto* grad_y = static_cast<const T*>(p.grad_y);
+  const auto* difference = static_cast<const T*>(p.diff ? p.diff : p.y);
+  const auto* o2 = static_cast<const T*>(p.o2);
+  const auto* lam = static_cast<const A*>(p.lam);
+  const auto* weight = static_cast<const A*>(p.norm_weight);
+  auto* out = static_cast<T*>(p.grad_diff);
+  auto* delta = static_cast<A*>(p.delta);
+  const int dim = p.dim;
+  const int64_t rows = p.tokens * p.heads;
+  A grad_weight[kVec] = {};
+  for (int step = 0; step < kRowsPerWarp; ++step) {
+    const int64_t row = blockIdx.x * static_cast<int64_t>(kRowsPerBlock) + step * kWarps + warp_id();
+    if (row >= rows) break;
+    const int64_t at = row * dim;
+    A g[kVec], d[kVec];
+    for_elements(dim, [&](int i, int e) {
+      g[i] = widen(grad_y[at + e]);
+      d[i] = widen(difference[at + e]);
+    });
+    if (weight) {
+      A square = A(0), along = A(0);
+      for_elements(dim, [&](int i, int e) {
+        square += d[i] * d[i];
+        along += weight[e] * g[i] * d[i];
+      });
+      const A rstd = A(1) / sqrt(warp_sum(square) / dim + static_cast<A>(p.norm_eps));
+      const A pull = warp_sum(along) * rstd * rstd * rstd / dim;
+      for_elements(dim, [&](int i, int e) {
+        grad_weight[i] += g[i] * d[i] * rstd;
+        // As the softmaxes' backward will read it, so that delta belongs to it.
+        const T rounded = narrow<T>(g[i] * weight[e] * rstd - d[i] * pull);
+        g[i] = widen(rounded);
+        out[at + e] = rounded;
+      });
+    }
+    const A lambda = lam ? lam[row] : A(0);
+    A delta1 = A(0), delta2 = A(0);
+    for_elements(dim, [&](int i, int e) {
+      const A second = lam ? widen(o2[at + e]) : A(0);
+      delta1 += g[i] * (d[i] + lambda * second);
+      delta2 += g[i] * second;
+    });
+    delta1 = warp_sum(delta1);
+    delta2 = warp_sum(delta2);
+    if (lane_id() == 0) {
+      delta[row] = delta1;
+      if (lam) delta[rows + row] = delta2;
+    }
   }
-}
-
-template <class T>
-__device__ inline void load_pairs(acc_t<T> (&to)[kPairs][2], const void* row, int64_t at, int dim) {
-  for_pairs(dim, [&](int i, int d) {
-    const auto pair = *reinterpret_cast<const Pair<T>*>(static_cast<const T*>(row) + at + d);
-    to[i][0] = widen(pair.x);
-    to[i][1] = widen(pair.y);
-  });
+  if (!weight) return;
+  __shared__ A share[kWarps][kMaxDim];
+  for_elements(dim, [&](int i, int e) { share[warp_id()][e] = grad_weight[i]; });
+  __syncthreads();
+  for (int e = threadIdx.x; e < dim; e += blockDim.x) {
+    A sum = A(0);
+    for (int w = 0; w < kWarps; ++w) sum += share[w][e];
+    static_cast<A*>(p.weight_partial)[static_cast<int64_t>(blockIdx.x) * dim + e] = sum;
+  }
 }
 
 // Null gives zeros.
@@ -50,69 +86,6 @@ __device__ inline void load_packet(float (&to)[8], const T* from) {
     const float2 x = unpack<T>(w[i]);
     to[2 * i] = x.x;
     to[2 * i + 1] = x.y;
-  }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kWarps * kWarp) output_gradient_kernel(OutputGradientParams p) {
-  using A = acc_t<T>;
-  const auto* lam = static_cast<const A*>(p.lam);
-  const auto* weight = static_cast<const A*>(p.norm_weight);
-  auto* delta = static_cast<A*>(p.delta);
-  const int dim = p.dim;
-  const int64_t rows = p.tokens * p.heads;
-  A grad_weight[kPairs][2] = {};
-  for (int step = 0; step < kRowsPerWarp; ++step) {
-    const int64_t row = blockIdx.x * static_cast<int64_t>(kRowsPerBlock) + step * kWarps + warp_id();
-    if (row >= rows) break;
-    const int64_t at = row * dim;
-    A g[kPairs][2] = {}, d[kPairs][2] = {}, second[kPairs][2] = {};
-    load_pairs<T>(g, p.grad_y, at, dim);
-    load_pairs<T>(d, p.diff ? p.diff : p.y, at, dim);
-    if (lam) load_pairs<T>(second, p.o2, at, dim);
-    if (weight) {
-      A square = A(0), along = A(0);
-      for_pairs(dim, [&](int i, int e) {
-        for (int j = 0; j < 2; ++j) {
-          square += d[i][j] * d[i][j];
-          along += weight[e + j] * g[i][j] * d[i][j];
-        }
-      });
-      const A rstd = A(1) / sqrt(warp_sum(square) / dim + static_cast<A>(p.norm_eps));
-      const A pull = warp_sum(along) * rstd * rstd * rstd / dim;
-      for_pairs(dim, [&](int i, int e) {
-        for (int j = 0; j < 2; ++j) {
-          grad_weight[i][j] += g[i][j] * d[i][j] * rstd;
-          // As the softmaxes' backward will read it, so that delta belongs to it.
-          g[i][j] = widen(narrow<T>(g[i][j] * weight[e + j] * rstd - d[i][j] * pull));
-        }
-        *reinterpret_cast<Pair<T>*>(static_cast<T*>(p.grad_diff) + at + e) = {narrow<T>(g[i][0]), narrow<T>(g[i][1])};
-      });
-    }
-    A along_diff = A(0), along_second = A(0);
-    for_pairs(dim, [&](int i, int) {
-      for (int j = 0; j < 2; ++j) {
-        along_diff += g[i][j] * d[i][j];
-        along_second += g[i][j] * second[i][j];
-      }
-    });
-    along_diff = warp_sum(along_diff);
-    along_second = warp_sum(along_second);
-    if (lane_id() == 0) {
-      delta[row] = along_diff + (lam ? lam[row] * along_second : A(0));
-      if (lam) delta[rows + row] = along_second;
-    }
-  }
-  if (!weight) return;
-  __shared__ A share[kWarps][kMaxDim];
-  for_pairs(dim, [&](int i, int e) {
-    for (int j = 0; j < 2; ++j) share[warp_id()][e + j] = grad_weight[i][j];
-  });
-  __syncthreads();
-  for (int e = threadIdx.x; e < dim; e += blockDim.x) {
-    A sum = A(0);
-    for (int w = 0; w < kWarps; ++w) sum += share[w][e];
-    static_cast<A*>(p.weight_partial)[static_cast<int64_t>(blockIdx.x) * dim + e] = sum;
   }
 }
 
