@@ -45,6 +45,27 @@ __device__ inline uint32_t add_packed(uint32_t a, uint32_t b) {
   return sum;
 }
 
+constexpr int kPacket = 8;  // elements of 16 bytes
+
+template <class T>
+__device__ inline void load_packet(float (&to)[kPacket], const T* from) {
+  const uint4 words = *reinterpret_cast<const uint4*>(from);
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = unpack<T>(w[i]);
+    to[2 * i] = x.x;
+    to[2 * i + 1] = x.y;
+  }
+}
+template <class T>
+__device__ inline void store_packet(T* to, const float (&from)[kPacket]) {
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = pack<T>(from[2 * i], from[2 * i + 1]);
+  *reinterpret_cast<uint4*>(to) = uint4{w[0], w[1], w[2], w[3]};
+}
+
 __device__ inline float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -76,67 +76,53 @@ __global__ void __launch_bounds__(kWarps * kWarp) output_gradient_kernel(OutputG
   }
 }
 
-// Null gives zeros.
-template <class T>
-__device__ inline void load_packet(float (&to)[8], const T* from) {
-  const uint4 words = from ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = unpack<T>(w[i]);
-    to[2 * i] = x.x;
-    to[2 * i + 1] = x.y;
-  }
-}
-
 // The same for 16-bit elements and D 64 or 128, which large layers have: a row is D/8 lanes with 16 bytes each.
 template <class T, int D>
 __global__ void __launch_bounds__(kWarps * kWarp) output_gradient_rows_kernel(OutputGradientParams p) {
-  constexpr int kLanes = D / 8, kRows = kWarp / kLanes;  // of a row, of a warp at a time
+  constexpr int kLanes = D / kPacket, kRows = kWarp / kLanes;  // of a row, of a warp at a time
   const auto* lam = static_cast<const float*>(p.lam);
   const auto* weight = static_cast<const float*>(p.norm_weight);
   auto* delta = static_cast<float*>(p.delta);
   const int64_t rows = p.tokens * p.heads;
-  const int first = lane_id() % kLanes * 8;
+  const int first = lane_id() % kLanes * kPacket;
   const auto row_sum = [](float x) {
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
     return x;
   };
-  float w[8], grad_weight[8] = {};
+  float w[kPacket], grad_weight[kPacket] = {};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) w[i] = weight ? weight[first + i] : 1.0f;
+  for (int i = 0; i < kPacket; ++i) w[i] = weight ? weight[first + i] : 1.0f;
 #pragma unroll 2
   for (int step = 0; step < kRowsPerWarp / kRows; ++step) {
     const int64_t row = blockIdx.x * static_cast<int64_t>(kRowsPerBlock) + (step * kWarps + warp_id()) * kRows + lane_id() / kLanes;
     const bool real = row < rows;
     const int64_t at = row * D + first;
-    float g[8], d[8], second[8];
-    load_packet<T>(g, real ? static_cast<const T*>(p.grad_y) + at : nullptr);
-    load_packet<T>(d, real ? static_cast<const T*>(p.diff ? p.diff : p.y) + at : nullptr);
-    load_packet<T>(second, real && lam ? static_cast<const T*>(p.o2) + at : nullptr);
+    float g[kPacket] = {}, d[kPacket] = {}, second[kPacket] = {};
+    if (real) {
+      load_packet(g, static_cast<const T*>(p.grad_y) + at);
+      load_packet(d, static_cast<const T*>(p.diff ? p.diff : p.y) + at);
+      if (lam) load_packet(second, static_cast<const T*>(p.o2) + at);
+    }
     if (weight) {
       float square = 0.0f, along = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kPacket; ++i) {
         square += d[i] * d[i];
         along += w[i] * g[i] * d[i];
       }
       const float rstd = rsqrtf(row_sum(square) / D + static_cast<float>(p.norm_eps));
       const float pull = row_sum(along) * rstd * rstd * rstd / D;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kPacket; ++i) {
         grad_weight[i] += g[i] * d[i] * rstd;
         g[i] = widen(narrow<T>(g[i] * w[i] * rstd - d[i] * pull));
       }
-      if (real) {
-        const uint4 words{pack<T>(g[0], g[1]), pack<T>(g[2], g[3]), pack<T>(g[4], g[5]), pack<T>(g[6], g[7])};
-        *reinterpret_cast<uint4*>(static_cast<T*>(p.grad_diff) + at) = words;
-      }
+      if (real) store_packet(static_cast<T*>(p.grad_diff) + at, g);
     }
     float along_diff = 0.0f, along_second = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kPacket; ++i) {
       along_diff += g[i] * d[i];
       along_second += g[i] * second[i];
     }
@@ -150,7 +136,7 @@ __global__ void __launch_bounds__(kWarps * kWarp) output_gradient_rows_kernel(Ou
   if (!weight) return;
   __shared__ float share[kWarps * kRows][D];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) share[warp_id() * kRows + lane_id() / kLanes][first + i] = grad_weight[i];
+  for (int i = 0; i < kPacket; ++i) share[warp_id() * kRows + lane_id() / kLanes][first + i] = grad_weight[i];
   __syncthreads();
   for (int e = threadIdx.x; e < D; e += blockDim.x) {
     float sum = 0.0f;

@@ -29,27 +29,6 @@ struct QueryTile {
   }
 };
 
-constexpr int kPacket = 8;  // elements of 16 bytes
-
-template <class T>
-__device__ inline void load_packet(float (&to)[kPacket], const T* from) {
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
-  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = unpack<T>(w[i]);
-    to[2 * i] = x.x;
-    to[2 * i + 1] = x.y;
-  }
-}
-template <class T>
-__device__ inline void store_packet(T* to, const float (&from)[kPacket]) {
-  uint32_t w[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = pack<T>(from[2 * i], from[2 * i + 1]);
-  *reinterpret_cast<uint4*>(to) = uint4{w[0], w[1], w[2], w[3]};
-}
-
 // One tile of one head: R_theta q, numbers, zeroed sums; in packed batches q and grad_diff cut into tiles.
 template <class T, int D>
 __global__ void __launch_bounds__(128) queries_before_kernel(const __grid_constant__ BackwardArguments p) {
