@@ -90,6 +90,7 @@ __device__ inline void bring_tiles(const ForwardArguments& p, ForwardShared<T, D
   using namespace hopper;
   using Shared = ForwardShared<T, D, Streams>;
   constexpr int kTokens = Shared::kTokens, kKeys = Shared::kKeys;
+  if (p.keys == 0) return;  // nothing to bring, and no map of it
   prefetch_map(&p.q_map);
   prefetch_map(&p.k_map);
   prefetch_map(&p.v_map);

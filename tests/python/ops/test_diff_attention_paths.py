@@ -168,6 +168,14 @@ class TestEveryPath:
         same = tensors | {name: tensors[name][:, :, :1].expand_as(tensors[name]) for name in "kv"}
         assert torch.equal(call.run(same), call.run({name: t.contiguous() for name, t in same.items()}))
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_no_keys_at_all(self, device, path, packed):
+        call = Call(Shape(4, 2, 64), (70, 3) if packed else (70,), (0, 0) if packed else (0,), packed=packed, norm=True)
+        tensors = call.make(device, torch.bfloat16)
+        with poisoned_memory():
+            assert not call.run(tensors).any()
+            assert not any(g.any() for g in gradients(call, tensors).values())
+
     @pytest.mark.parametrize("dim", [64, 128])
     def test_large_logits(self, device, path, dim):
         call = Call(Shape(4, 2, dim), (200,), (200,), streams=1)
