@@ -6,6 +6,7 @@
 // mathematics.
 
 #include <algorithm>
+#include <climits>
 
 #include "../../common/launch.cuh"
 #include "../../common/sequences.cuh"
@@ -15,7 +16,6 @@
 
 namespace coda::kernels::sm90 {
 
-constexpr int kQueryStages = 2;
 constexpr int kOwnKeys = 64;  // keys of a warpgroup
 
 struct Item {
@@ -76,16 +76,23 @@ struct KeyBlock {
   }
 };
 
-// What who brings a tile tells of it.
-struct TileNote {
-  int query;          // its first query, within the sequence
-  int hides;          // bit w: some key of warpgroup w is not seen by some query
-  float* sums;        // its part of grad_q_sums
-  float* grad_theta;  // the block's share for its head, if this is the last tile of that head, else null
+// A tile of queries: number `tile` of its sequence, in one head.
+struct TilePlace {
+  int head, tile;
+
+  __device__ void advance(int first, int end) {
+    const bool last = ++tile == end;
+    head += last;
+    tile = last ? first : tile;
+  }
 };
+
+// A number that is the same in all lanes, in a way that the compiler knows: it then needs no register of every thread.
+__device__ inline int uniform(int x) { return __reduce_max_sync(kAllLanes, x); }
 
 template <class T, int D, int Streams>
 struct BackwardShared {
+  static constexpr int kStages = Streams == 2 ? 2 : 3;
   struct Stage {
     alignas(1024) T q[Streams][kQueryTile * D];  // q, R_theta q
     alignas(1024) T grad[kQueryTile * D];
@@ -93,14 +100,14 @@ struct BackwardShared {
   alignas(1024) T k[kKeyBlock * D];  // panels of 32 columns, so that the two of a panel_column panel can be one operand
   alignas(1024) T v[kKeyBlock * D];
   alignas(1024) T grad_logits[Streams][kKeyBlock * kQueryTile];  // rows are keys
-  Stage stages[kQueryStages];
-  alignas(16) float numbers[kQueryStages][query_numbers(Streams) * kQueryTile];
-  alignas(16) float angles[kQueryStages][Streams == 2 ? D : 4];
+  Stage stages[kStages];
+  alignas(16) float numbers[kStages][query_numbers(Streams) * kQueryTile];
+  alignas(16) float angles[kStages][Streams == 2 ? D : 4];
+  // grad_theta of the panel's pairs, by panel_pair, from the queries of each thread.
+  alignas(16) float theta_sums[Streams == 2 ? 8 * 2 * hopper::kWarpgroup : 4];
   float theta[2][4][32];  // [warpgroup][warp][pair]
-  TileNote tiles[2 * kQueryStages];
-  uint64_t keys_full, full[kQueryStages], empty[kQueryStages];
+  uint64_t keys_full, full[kStages], empty[kStages];
   KeyBlock block;
-  int head, tile;  // brought next
 
   static constexpr uint32_t kKeyBytes = sizeof(k) + sizeof(v);
   static constexpr uint32_t kNumberBytes = query_numbers(Streams) * kQueryTile * sizeof(float);
@@ -125,38 +132,26 @@ __device__ inline void bring_keys(const BackwardArguments& p, BackwardShared<T, 
   }
 }
 
-// Tile number n, if there are so many; its stage is free.
+// Brings a tile to a stage that is free. All warps do, one copy each: one alone would keep the others waiting.
 template <class T, int D, int Streams>
-__device__ inline void bring_queries(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared, int n) {
+__device__ inline void bring_queries(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared, TilePlace place, int stage) {
+  constexpr int kPanels = D / 64, kTiles = kPanels * (Streams + 1);
+  const int copy = warp_id();
+  if (copy >= kTiles + Streams || !hopper::elect_thread()) return;
   const KeyBlock& block = shared.block;
-  const int head = shared.head, tile = shared.tile, to = n % kQueryStages;
-  if (head == (block.kv_head + 1) * (p.heads / p.kv_heads)) return;
-  const bool last = tile + 1 == block.first + block.tiles;
-  shared.head = last ? head + 1 : head;
-  shared.tile = last ? block.first : tile + 1;
-  const int query = tile * kQueryTile, index = head * static_cast<int>(p.tiles) + block.query_tile0 + tile;
-  const auto seen = [&](int warpgroup) {
-    const int end = block.begin + (warpgroup + 1) * kOwnKeys;
-    return end <= block.keys && end - 1 <= query + block.shift;
-  };
-  auto* grad_theta = static_cast<float*>(p.theta_partial);
-  shared.tiles[n % (2 * kQueryStages)] = {
-      query, (seen(0) ? 0 : 1) + (seen(1) ? 0 : 2), p.grad_q_sums + static_cast<int64_t>(index) * (kQueryTile * D),
-      Streams == 2 && last ? grad_theta + (block.share * (D == 64 ? 2 : 1) * p.heads + head) * int64_t{D / 2} : nullptr};
-  uint64_t* full = &shared.full[to];
-  hopper::arrive_expect(full, shared.kStageBytes);
-  for (int panel = 0; panel < D / 64; ++panel) {
-    const auto bring = [&](T* tile, const CUtensorMap& map) {
-      hopper::load_box(tile + panel * kQueryTile * 64, &map, full, panel * 64, head, block.query_token + query, block.sequence);
-    };
-    auto& stage = shared.stages[to];
-    bring(stage.q[0], p.q_map);
-    if (Streams == 2) bring(stage.q[Streams - 1], p.turned_q_map);
-    bring(stage.grad, p.grad_map);
+  uint64_t* full = &shared.full[stage];
+  if (copy == 0) hopper::arrive_expect(full, shared.kStageBytes);
+  if (copy < kTiles) {
+    const int which = copy / kPanels, panel = copy % kPanels;
+    const CUtensorMap* map = which == Streams ? &p.grad_map : which == 0 ? &p.q_map : &p.turned_q_map;
+    hopper::load_box(shared.stages[stage].q[0] + which * (kQueryTile * D) + panel * kQueryTile * 64, map, full, panel * 64, place.head,
+                     block.query_token + place.tile * kQueryTile, block.sequence);
+  } else if (copy == kTiles) {
+    const int64_t index = place.head * p.tiles + block.query_tile0 + place.tile;
+    hopper::load_bytes(shared.numbers[stage], p.numbers + index * (query_numbers(Streams) * kQueryTile), full, shared.kNumberBytes);
+  } else {
+    hopper::load_bytes(shared.angles[stage], p.angles + place.head * D, full, shared.kAngleBytes);
   }
-  hopper::load_bytes(shared.numbers[to], p.numbers + static_cast<int64_t>(index) * (query_numbers(Streams) * kQueryTile), full,
-                     shared.kNumberBytes);
-  if (Streams == 2) hopper::load_bytes(shared.angles[to], p.angles + head * D, full, shared.kAngleBytes);
 }
 
 // One warpgroup. Its share of grad_q is a panel of 64 columns from all keys of the block with D 128, all columns from its own
@@ -165,6 +160,7 @@ template <class T, int D, int Streams>
 struct KeyGradients {
   using Shared = BackwardShared<T, D, Streams>;
   static constexpr bool kExchange = D == 128;
+  static constexpr int kStages = Shared::kStages;
   static constexpr int kPanelKeys = kExchange ? kKeyBlock : kOwnKeys;
   struct Sums {
     float x[32];
@@ -179,23 +175,32 @@ struct KeyGradients {
   // before the loop, and have no registers to keep them in.
   int warpgroup, now;
   uint32_t origin;
+  int seen_from;  // queries from here on see all keys of the warpgroup
+  int tile0;      // of the sequence
+  int first_tile, end_tile;  // of each head
   float grad_k[D / 2], grad_v[D / 2];
-  float grad_theta[8];        // of the panel's pairs, by panel_pair, from the queries of this thread
 
   __device__ KeyGradients(const BackwardArguments& arguments, Shared& s)
       : p(arguments), shared(s), thread(threadIdx.x % hopper::kWarpgroup), quad(thread % 4) {
     turn(0);
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) grad_theta[i] = 0.0f;
+    if constexpr (Streams == 2) {
+      for (int j = 0; j < 4; ++j) theta_sums()[j * hopper::kWarpgroup] = float2{0.0f, 0.0f};
+    }
+    const KeyBlock& block = shared.block;
+    const int end = block.begin + (warpgroup + 1) * kOwnKeys;
+    seen_from = uniform(end > block.keys ? INT_MAX : end - 1 - block.shift);
+    tile0 = uniform(block.query_tile0);
+    first_tile = uniform(block.first);
+    end_tile = uniform(block.first + block.tiles);
   }
 
   __device__ void turn(int n) {
-    const uint32_t mine = threadIdx.x / hopper::kWarpgroup * kQueryStages + n % kQueryStages;
+    const uint32_t mine = threadIdx.x / hopper::kWarpgroup * 4 + n % kStages;
     const uint32_t known = __reduce_max_sync(kAllLanes, (shared_address(&shared) & 0x3ffff) + mine);
-    warpgroup = known / kQueryStages % 2;
-    now = known % kQueryStages;
+    warpgroup = known / 4 % 2;
+    now = known % 4;
     origin = known & ~1023u;
   }
   __device__ int panel() const { return kExchange ? warpgroup : 0; }  // of grad_q
@@ -219,7 +224,27 @@ struct KeyGradients {
     return origin + offsetof(Shared, stages) + stage * sizeof(typename Shared::Stage) + which * (kQueryTile * D * sizeof(T));
   }
 
-  // s = keys times the rows of a tile
+  // Numbers of a tile's queries, for the columns of a thread: those that sums begin with are the same for all elements of a column,
+  // which saves an addition to each element later.
+  using Numbers = float4[4];
+  __device__ void load_numbers(Numbers& to, int stage, QueryNumber which) const {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) to[step] = number(stage, which, step);
+  }
+  __device__ void begin_with(Sums& s, const Numbers& numbers) const {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        s.x[8 * step + 2 * row] = numbers[step].x;
+        s.x[8 * step + 2 * row + 1] = numbers[step].y;
+        s.x[8 * step + 4 + 2 * row] = numbers[step].z;
+        s.x[8 * step + 4 + 2 * row + 1] = numbers[step].w;
+      }
+    }
+  }
+
+  // s += keys times the rows of a tile
   __device__ void start_logits(Sums& s, int stage, int stream) const {
     const auto keys = hopper::rows_descriptor<64>(origin + offsetof(Shared, k) + warpgroup * (kOwnKeys * 64));
     const auto rows = hopper::rows_descriptor(tile_address(stage, stream));
@@ -227,12 +252,12 @@ struct KeyGradients {
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       hopper::multiply<T, 0, 0>(s.x, keys + (step / 2 * (kKeyBlock * 64 >> 4) + step % 2 * 2),
-                                rows + (step / 4 * (kQueryTile * 128 >> 4) + step % 4 * 2), step > 0);
+                                rows + (step / 4 * (kQueryTile * 128 >> 4) + step % 4 * 2), true);
     }
     hopper::commit_products();
   }
 
-  // s = values times the rows of grad_diff
+  // s += values times the rows of grad_diff
   __device__ void start_grad_weights(Sums& s) const {
     const auto values = hopper::rows_descriptor(origin + offsetof(Shared, v) + warpgroup * (kOwnKeys * 128));
     const auto rows = hopper::rows_descriptor(tile_address(now, Streams));
@@ -240,7 +265,7 @@ struct KeyGradients {
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       hopper::multiply<T, 0, 0>(s.x, values + (step / 4 * (kKeyBlock * 128 >> 4) + step % 4 * 2),
-                                rows + (step / 4 * (kQueryTile * 128 >> 4) + step % 4 * 2), step > 0);
+                                rows + (step / 4 * (kQueryTile * 128 >> 4) + step % 4 * 2), true);
     }
     hopper::commit_products();
   }
@@ -273,14 +298,11 @@ struct KeyGradients {
     return reinterpret_cast<const float4*>(shared.numbers[stage])[which * (kQueryTile / 4) + step * 4 + quad];
   }
 
-  __device__ const TileNote& tile(int n) const { return shared.tiles[n % (2 * kQueryStages)]; }
-
   // Logits of queries that do not see a key become -inf.
-  __device__ void hide(float (&s)[32], int n) const {
-    const TileNote& tile = this->tile(n);
-    if ((tile.hides >> warpgroup & 1) == 0) return;
+  __device__ void hide(float (&s)[32], int tile) const {
+    if (tile * kQueryTile >= seen_from) return;
     const int own = shared.block.begin + warpgroup * kOwnKeys + thread / kWarp * 16 + thread % kWarp / 4;
-    const int column = tile.query + shared.block.shift + quad * 2, keys = shared.block.keys;
+    const int column = tile * kQueryTile + shared.block.shift + quad * 2, keys = shared.block.keys;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       const int key = own + i % 4 / 2 * 8;
@@ -288,49 +310,57 @@ struct KeyGradients {
     }
   }
 
-  __device__ void weigh_first(Operand& weights, float (&s)[32], int stage) const {
+  __device__ void weigh(Operand& weights, const float (&s)[32]) const {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const float4 shift = number(stage, kShift1, step);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* x = s + step * 8 + 2 * i;
-        weights[step][i] = pack<T>(exp2_approximate(fmaf(x[0], p.log2_scale, i < 2 ? shift.x : shift.z)),
-                                   exp2_approximate(fmaf(x[1], p.log2_scale, i < 2 ? shift.y : shift.w)));
-      }
-      hopper::pin(weights[step]);
+    for (int i = 0; i < 16; ++i) {
+      weights[i / 4][i % 4] = pack<T>(exp2_approximate(s[2 * i] * p.log2_scale), exp2_approximate(s[2 * i + 1] * p.log2_scale));
     }
   }
 
-  // -lambda P2.
-  __device__ void weigh_second(Operand& weights, float (&s)[32], int stage) const {
+  __device__ void load_signs(uint4 (&to)[2], int stage) const {
+    const auto* signs = reinterpret_cast<const uint4*>(shared.numbers[stage] + kSigns * kQueryTile) + quad * 2;
+    to[0] = signs[0];
+    to[1] = signs[1];
+  }
+  // |lambda| P2 to -lambda P2.
+  __device__ void apply_signs(Operand& weights, const uint4 (&signs)[2]) const {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const float4 shift = number(stage, kShift2, step), factor = number(stage, kNegativeLambda, step);
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float* x = s + step * 8 + 2 * i;
-        const float a = exp2_approximate(fmaf(x[0], p.log2_scale, i < 2 ? shift.x : shift.z)) * (i < 2 ? factor.x : factor.z);
-        const float b = exp2_approximate(fmaf(x[1], p.log2_scale, i < 2 ? shift.y : shift.w)) * (i < 2 ? factor.y : factor.w);
-        weights[step][i] = pack<T>(a, b);
+        weights[2 * half][i] ^= i < 2 ? signs[half].x : signs[half].y;
+        weights[2 * half + 1][i] ^= i < 2 ? signs[half].z : signs[half].w;
       }
-      hopper::pin(weights[step]);
     }
   }
 
-  // weights (grad_weights - delta)
-  __device__ void grade(Operand& to, const Operand& weights, const float (&grad_weights)[32], int stage,
-                        QueryNumber delta_of) const {
+  // The assembler would otherwise work out the weights later, after waits that they are to overlap with.
+  __device__ void keep_before(const Operand& weights) const {
+    uint32_t all = ~0u;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) all &= weights[i / 4][i % 4];
+    __syncwarp(all == ~0u ? 0u : kAllLanes);
+  }
+
+  // Gradients of the logits of either stream, from those of the weights less D1.
+  __device__ void grade_first(Operand& to, const Operand& weights, const float (&grad_weights)[32]) const {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float2 weight = unpack<T>(weights[i / 4][i % 4]);
+      to[i / 4][i % 4] = pack<T>(weight.x * grad_weights[2 * i], weight.y * grad_weights[2 * i + 1]);
+    }
+  }
+  __device__ void grade_second(Operand& to, const Operand& weights, const float (&grad_weights)[32],
+                               const Numbers& change) const {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const float4 delta = number(stage, delta_of, step);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* x = grad_weights + step * 8 + 2 * i;
         const float2 weight = unpack<T>(weights[step][i]);
-        to[step][i] = pack<T>(weight.x * (x[0] - (i < 2 ? delta.x : delta.z)), weight.y * (x[1] - (i < 2 ? delta.y : delta.w)));
+        to[step][i] = pack<T>(weight.x * (x[0] + (i < 2 ? change[step].x : change[step].z)),
+                              weight.y * (x[1] + (i < 2 ? change[step].y : change[step].w)));
       }
-      hopper::pin(to[step]);
     }
   }
 
@@ -344,18 +374,28 @@ struct KeyGradients {
     }
   }
 
-  // grad_q of the second stream, in the coordinates of R_theta q, back to those of q; its part of grad_theta on the way.
-  template <bool Interleaved>
-  __device__ void turn_back(float (&grad_q)[32], int stage) {
+  using TurnedRows = uint32_t[4][4];  // of R_theta q: rows of a half, then of the other
+  // Of this thread: four, a warpgroup's threads apart.
+  __device__ float2* theta_sums() const {
+    return reinterpret_cast<float2*>(shared.theta_sums) + warpgroup * 4 * hopper::kWarpgroup + thread;
+  }
+  __device__ void load_turned(TurnedRows& rows, int stage) const {
     const int column = panel_column(D, panel(), 0, 0) + thread % kWarp / 16 * (D / 2);
     const int offset = column / 64 * (kQueryTile * 128) + hopper::swizzled(thread / kWarp * 16 + thread % 16, column % 64 / 8);
     const auto* tile = reinterpret_cast<const unsigned char*>(shared.stages[stage].q[Streams - 1]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) load_matrices(rows[j], tile + (offset ^ j << 4));
+  }
+
+  // grad_q of the second stream, in the coordinates of R_theta q, back to those of q; its part of grad_theta on the way.
+  template <bool Interleaved>
+  __device__ void turn_back(float (&grad_q)[32], const TurnedRows& rows, int stage) {
     const auto* angles = reinterpret_cast<const float4*>(shared.angles[stage]) + (panel() * 4 + quad) * 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float4 angle = angles[j];
-      uint32_t turned[4];  // rows of a half, then of the other
-      load_matrices(turned, tile + (offset ^ j << 4));
+      const auto& turned = rows[j];
+      float2 grad_theta = theta_sums()[j * hopper::kWarpgroup];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float2 low = unpack<T>(turned[r]), high = unpack<T>(turned[2 + r]);
@@ -366,37 +406,44 @@ struct KeyGradients {
           const float turned_a = Interleaved ? (m ? high.x : low.x) : (m ? low.y : low.x);
           const float turned_b = Interleaved ? (m ? high.y : low.y) : (m ? high.y : high.x);
           const float cosine = m ? angle.z : angle.x, sine = m ? angle.w : angle.y;
-          grad_theta[2 * j + m] += b * turned_a - a * turned_b;
+          (m ? grad_theta.y : grad_theta.x) += b * turned_a - a * turned_b;
           const float back = a * cosine + b * sine;
           b = b * cosine - a * sine;
           a = back;
         }
       }
+      theta_sums()[j * hopper::kWarpgroup] = grad_theta;
     }
   }
 
   // Sums over the queries of a head, and starts anew.
-  __device__ void store_grad_theta(float* to) {
+  __device__ void store_grad_theta(int head) {
     const int warp = thread / kWarp;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      float2 sum = theta_sums()[j * hopper::kWarpgroup];
 #pragma unroll
-      for (int lanes = 4; lanes < kWarp; lanes *= 2) grad_theta[i] += __shfl_xor_sync(kAllLanes, grad_theta[i], lanes);
-      if (thread % kWarp < 4) shared.theta[warpgroup][warp][quad * 8 + i] = grad_theta[i];
-      grad_theta[i] = 0.0f;
+      for (int lanes = 4; lanes < kWarp; lanes *= 2) {
+        sum.x += __shfl_xor_sync(kAllLanes, sum.x, lanes);
+        sum.y += __shfl_xor_sync(kAllLanes, sum.y, lanes);
+      }
+      if (thread % kWarp < 4) reinterpret_cast<float2*>(shared.theta[warpgroup][warp])[quad * 4 + j] = sum;
+      theta_sums()[j * hopper::kWarpgroup] = float2{0.0f, 0.0f};
     }
     hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
     if (thread < 32) {
       const auto& part = shared.theta[warpgroup];
       const int pair = panel_pair(D, p.theta_interleaved, panel(), thread / 8, thread / 2 % 4, thread % 2);
-      if constexpr (!kExchange) to += warpgroup * p.heads * (D / 2);
-      to[pair] = (part[0][thread] + part[1][thread] + part[2][thread] + part[3][thread]) * static_cast<float>(p.scale);
+      const int share = kExchange ? shared.block.share : shared.block.share * 2 + warpgroup;
+      static_cast<float*>(p.theta_partial)[(static_cast<int64_t>(share) * p.heads + head) * (D / 2) + pair] =
+          (part[0][thread] + part[1][thread] + part[2][thread] + part[3][thread]) * static_cast<float>(p.scale);
     }
   }
 
   // A deterministic order of blocks would be kept here.
-  __device__ void add_to_sums(int n, const float (&grad_q)[32]) const {
-    float* sums = tile(n).sums + panel() * (kQueryTile * 64) + thread * 4;
+  __device__ void add_to_sums(TilePlace at, const float (&grad_q)[32]) const {
+    const int64_t index = at.head * p.tiles + tile0 + at.tile;
+    float* sums = p.grad_q_sums + index * (kQueryTile * D) + panel() * (kQueryTile * 64) + thread * 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + j * 512), "f"(grad_q[4 * j]),
@@ -405,102 +452,137 @@ struct KeyGradients {
     }
   }
 
-  // A product is under way nearly all the time: each wait leaves the group committed last unfinished, and what follows the wait
-  // runs beside that group. Only at the end of a turn of the loop does nothing remain, since ptxas follows no group around a
-  // loop. Accumulators that take over from others whose values are spent say so, which spares the compiler a third set of
-  // registers.
+  // A product is under way nearly all the time: each wait leaves the group committed last unfinished, and what follows the wait runs
+  // beside that group. Shared memory answers late, being busy with operands of products, so what a phase reads there is asked for
+  // before the wait that it begins with. Only at the end of a turn of the loop does nothing remain, since ptxas follows no group
+  // around a loop.
   __device__ void run() {
     hopper::wait(&shared.keys_full, 0);
     clear_foreign_rows();
-    const int count = p.heads / p.kv_heads * shared.block.tiles;
+    const int count = p.heads / p.kv_heads * (end_tile - first_tile);
     if (count <= 0) return;
+    TilePlace at{uniform(shared.block.kv_head) * (p.heads / p.kv_heads), first_tile};
     Sums s;
+    Numbers shift1, shift2, delta;
     Operand first;
     hopper::wait(&shared.full[0], 0);
+    load_numbers(shift1, 0, kShift1);
+    begin_with(s, shift1);
     start_logits(s, 0, 0);
+    load_numbers(delta, 0, kNegativeDelta1);
+    if constexpr (Streams == 2) load_numbers(shift2, 0, kShift2);
     hopper::wait_products<0>();
     hopper::pin(s.x);
-    hide(s.x, 0);
-    weigh_first(first, s.x, 0);
+    hide(s.x, at.tile);
+    weigh(first, s.x);
     if constexpr (Streams == 2) {
+      begin_with(s, shift2);
       start_logits(s, 0, 1);
       hopper::wait_products<0>();
       hopper::pin(s.x);
     }
-    Sums grad_q{};
     for (int n = 0; n < count; ++n) {
-      // Here are the first weights of this tile, the logits of its second stream, and grad_q of the tile before.
+      // Here are the first weights of this tile, the logits of its second stream, and -D1.
       turn(n);
-      const int next = (now + 1) % kQueryStages;
-      if (n > 0) add_to_sums(n - 1, grad_q.x);
+      const int next = (now + 1) % kStages;
+      TilePlace after = at;
+      after.advance(first_tile, end_tile);
       if constexpr (kExchange) hopper::arrive_threads(kFree + (warpgroup ^ 1), 2 * hopper::kWarpgroup);
-      Sums grad_weights = grad_q;
+      uint4 signs[2];
+      if constexpr (Streams == 2) load_signs(signs, now);
+      Sums grad_weights;
+      begin_with(grad_weights, delta);
       start_grad_weights(grad_weights);
       Operand second, difference;
       if constexpr (Streams == 2) {
-        hide(s.x, n);
-        weigh_second(second, s.x, now);
+        hide(s.x, at.tile);
+        weigh(second, s.x);
+        apply_signs(second, signs);
 #pragma unroll
         for (int i = 0; i < 16; ++i) difference[i / 4][i % 4] = add_packed<T>(first[i / 4][i % 4], second[i / 4][i % 4]);
       }
       hopper::begin_products();
       multiply_tile(grad_v, Streams == 2 ? difference : first, Streams);
       hopper::commit_products();
+      Numbers change;
+      if constexpr (Streams == 2) load_numbers(change, now, kDeltaChange);
       hopper::wait_products<1>();
       hopper::pin(grad_weights.x);
       Operand grad_first, grad_second;
-      grade(grad_first, first, grad_weights.x, now, kDelta1);
-      if constexpr (Streams == 2) grade(grad_second, second, grad_weights.x, now, kDelta2);
+      grade_first(grad_first, first, grad_weights.x);
+      if constexpr (Streams == 2) grade_second(grad_second, second, grad_weights.x, change);
       hopper::begin_products();
       multiply_tile(grad_k, grad_first, 0);
       if constexpr (Streams == 2) multiply_tile(grad_k, grad_second, 1);
       hopper::commit_products();
+      // After the last tile what is done for the next one is of no use, and harms nothing.
+      if (n + 1 < count) hopper::wait(&shared.full[next], (n + 1) / kStages % 2);
+      Sums next_s;
+      load_numbers(shift1, next, kShift1);
+      if constexpr (Streams == 1) {
+        begin_with(next_s, shift1);
+        start_logits(next_s, next, 0);
+      }
       hopper::sync_threads(kFree + warpgroup, (kExchange ? 2 : 1) * hopper::kWarpgroup);
       share_grad_logits(shared.grad_logits[0], grad_first);
       if constexpr (Streams == 2) share_grad_logits(shared.grad_logits[1], grad_second);
       hopper::fence_async_proxy();
       hopper::sync_threads(kFull + (kExchange ? 0 : warpgroup), (kExchange ? 2 : 1) * hopper::kWarpgroup);
-      Sums turned = grad_weights;
-      start_grad_q(turned, Streams - 1, false);
+      Sums grad_q;
+      start_grad_q(grad_q, Streams - 1, false);
       hopper::wait_products<1>();
       hopper::pin(grad_k);
       hopper::pin(grad_v);
-      if (n + 1 < count) hopper::wait(&shared.full[next], (n + 1) / kQueryStages % 2);
-      // After the last tile this is of no use, and harms nothing.
-      Sums next_s;
-      start_logits(next_s, next, 0);
-      hopper::wait_products<1>();
-      hopper::pin(turned.x);
       if constexpr (Streams == 2) {
+        begin_with(next_s, shift1);
+        start_logits(next_s, next, 0);
+        TurnedRows turned;
+        load_turned(turned, now);
+        hopper::wait_products<1>();
+        hopper::pin(grad_q.x);
         if (p.theta_interleaved) {
-          turn_back<true>(turned.x, now);
+          turn_back<true>(grad_q.x, turned, now);
         } else {
-          turn_back<false>(turned.x, now);
+          turn_back<false>(grad_q.x, turned, now);
         }
-        start_grad_q(turned, 0, true);
+        start_grad_q(grad_q, 0, true);
       }
       __syncwarp();
       if (thread % kWarp == 0) hopper::arrive(&shared.empty[now]);
-      hopper::wait_products<Streams == 2>();
+      hopper::wait_products<1>();
       hopper::pin(next_s.x);
-      hide(next_s.x, n + 1);
-      weigh_first(first, next_s.x, next);
-      if constexpr (Streams == 2) start_logits(next_s, next, 1);
-      if (threadIdx.x < kWarp && n + kQueryStages < count && hopper::elect_thread()) {
-        hopper::wait(&shared.empty[now], n / kQueryStages % 2);
-        bring_queries(p, shared, n + kQueryStages);
-      }
-      __syncwarp();
-      hopper::wait_products<0>();
-      hopper::pin(next_s.x);
-      hopper::pin(turned.x);
-      s = next_s;
-      grad_q = turned;
+      hide(next_s.x, after.tile);
+      weigh(first, next_s.x);
+      if constexpr (Streams == 2) load_numbers(shift2, next, kShift2);
+      keep_before(first);
       if constexpr (Streams == 2) {
-        if (tile(n).grad_theta) store_grad_theta(tile(n).grad_theta);
+        begin_with(s, shift2);
+        start_logits(s, next, 1);
       }
+      // These adds keep their registers for a while, which is why they come as early as they can.
+      if constexpr (Streams == 2) {
+        hopper::wait_products<1>();
+        hopper::pin(grad_q.x);
+        add_to_sums(at, grad_q.x);
+      }
+      if (n + kStages < count) {
+        hopper::wait(&shared.empty[now], n / kStages % 2);
+        TilePlace place = after;
+        for (int i = 1; i < kStages; ++i) place.advance(first_tile, end_tile);
+        bring_queries(p, shared, place, now);
+      }
+      load_numbers(delta, next, kNegativeDelta1);
+      hopper::wait_products<0>();
+      if constexpr (Streams == 1) {
+        hopper::pin(grad_q.x);
+        add_to_sums(at, grad_q.x);
+      }
+      hopper::pin(s.x);
+      if constexpr (Streams == 2) {
+        if (at.head != after.head) store_grad_theta(at.head);
+      }
+      at = after;
     }
-    add_to_sums(count - 1, grad_q.x);
   }
 
   __device__ void store(void* to, const float (&grad)[D / 2], float scale) const {
@@ -529,21 +611,24 @@ __global__ void __launch_bounds__(2 * hopper::kWarpgroup, 1) key_blocks_kernel(c
   if (threadIdx.x < kWarp && hopper::elect_thread()) {
     KeyBlock& block = shared.block;
     block.find(p);
-    shared.head = block.kv_head * (p.heads / p.kv_heads);
-    shared.tile = block.first;
     hopper::init_barrier(&shared.keys_full, 1);
-    for (int stage = 0; stage < kQueryStages; ++stage) {
+    for (int stage = 0; stage < shared.kStages; ++stage) {
       hopper::init_barrier(&shared.full[stage], 1);
       hopper::init_barrier(&shared.empty[stage], 8);
     }
     hopper::fence_barrier_init();
     if (block.begin < block.keys) {
       bring_keys(p, shared);
-      for (int stage = 0; stage < kQueryStages && block.tiles > 0; ++stage) bring_queries(p, shared, stage);
     }
   }
   __syncthreads();
   if (shared.block.begin >= shared.block.keys) return;
+  const int tiles = p.heads / p.kv_heads * shared.block.tiles;
+  TilePlace place{shared.block.kv_head * (p.heads / p.kv_heads), shared.block.first};
+  for (int stage = 0; stage < shared.kStages && stage < tiles; ++stage) {
+    bring_queries(p, shared, place, stage);
+    place.advance(shared.block.first, shared.block.first + shared.block.tiles);
+  }
   KeyGradients<T, D, Streams> gradients(p, shared);
   gradients.run();
   gradients.store(p.grad_k, gradients.grad_k, static_cast<float>(p.scale));

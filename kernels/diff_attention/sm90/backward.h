@@ -12,14 +12,17 @@ namespace coda::kernels::sm90 {
 constexpr int kQueryTile = 64;
 constexpr int kKeyBlock = 128;
 
-// Numbers of a query tile, each for its 64 queries: what is added to a logit's exponent, and D1 or D2, for either stream;
-// -lambda.
-enum QueryNumber { kShift1, kDelta1, kShift2, kDelta2, kNegativeLambda };
+// Numbers of a query tile, each for its 64 queries. Shifts are what logits q . k begin with: -lse / scale, and with the second stream
+// log |lambda| / scale besides, so that its weights come out as |lambda| P2. Then -D1; D1 - D2; and signs, by sign_slot.
+enum QueryNumber { kShift1, kNegativeDelta1, kShift2, kDeltaChange, kSigns };
 constexpr int query_numbers(int streams) { return streams == 2 ? 5 : 2; }
 
 // Where a tile keeps the number of query c: in the order in which a thread of a warpgroup, whose accumulators' columns are
 // queries, needs them, four at a time.
 constexpr int number_slot(int c) { return c / 16 * 16 + c % 8 / 2 * 4 + c % 16 / 8 * 2 + c % 2; }
+
+// Where it keeps the word whose two sign bits turn |lambda| P2 of queries c and c + 1, c even, into -lambda P2.
+constexpr int sign_slot(int c) { return c % 8 / 2 * 8 + c / 8; }
 
 // Tiles count over all sequences: sequence n of a dense batch begins at tile n * ceil(length_q / 64), of a packed one at tile
 // cu_seqlens_q[n] / 64 + n, and has no tile in common with another.

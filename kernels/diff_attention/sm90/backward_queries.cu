@@ -55,18 +55,23 @@ __global__ void __launch_bounds__(128) queries_before_kernel(const __grid_consta
 
   if (thread < kQueryTile) {
     const int64_t at = (query + thread) * p.heads + head, rows = p.queries * p.heads;
-    auto* numbers = p.numbers + (head * p.tiles + tile) * (query_numbers(p.streams) * kQueryTile) + number_slot(thread);
+    auto* tile_numbers = p.numbers + (head * p.tiles + tile) * (query_numbers(p.streams) * kQueryTile);
+    auto* numbers = tile_numbers + number_slot(thread);
     const auto* lse = static_cast<const float*>(p.lse) + at;
     const auto* delta = static_cast<const float*>(p.delta) + at;
-    // Exponents of -inf: no weights where there is no query, or it sees no key.
+    // Logits of -inf: no weights where there is no query, or it sees no key.
     const bool sees = thread < count && lse[0] != neg_inf<float>();
-    const auto shift = [&](int64_t stream) { return sees ? lse[stream * rows] * -1.44269504f : neg_inf<float>(); };
-    numbers[kShift1 * kQueryTile] = shift(0);
-    numbers[kDelta1 * kQueryTile] = sees ? delta[0] : 0.0f;
+    const float inverse_scale = static_cast<float>(1.0 / p.scale);
+    numbers[kShift1 * kQueryTile] = sees ? -lse[0] * inverse_scale : neg_inf<float>();
+    numbers[kNegativeDelta1 * kQueryTile] = sees ? -delta[0] : 0.0f;
     if (two) {
-      numbers[kShift2 * kQueryTile] = shift(1);
-      numbers[kDelta2 * kQueryTile] = sees ? delta[rows] : 0.0f;
-      numbers[kNegativeLambda * kQueryTile] = sees ? -static_cast<const float*>(p.lam)[at] : 0.0f;
+      const float lam = sees ? static_cast<const float*>(p.lam)[at] : 0.0f;
+      numbers[kShift2 * kQueryTile] = sees ? (logf(fabsf(lam)) - lse[rows]) * inverse_scale : neg_inf<float>();
+      numbers[kDeltaChange * kQueryTile] = sees ? delta[0] - delta[rows] : 0.0f;
+      const uint32_t sign = lam < 0.0f ? 0u : 0x8000u, next = __shfl_down_sync(kAllLanes, sign, 1);
+      if (thread % 2 == 0) {
+        reinterpret_cast<uint32_t*>(tile_numbers + kSigns * kQueryTile)[sign_slot(thread)] = next << 16 | sign;
+      }
     }
   }
 
