@@ -1,8 +1,8 @@
 #pragma once
 
 // grad_k and grad_v of a block of keys, and its share of grad_q. Two warpgroups of 64 keys each; the rows of their accumulators
-// are keys, so that weights and their gradients come out as register operands of the products that sum over queries. One thread
-// brings the tiles of queries: a warp for that alone would leave 240 registers to the others, who need 255. README.md has the
+// are keys, so that weights and their gradients come out as register operands of the products that sum over queries. They bring the
+// tiles of queries themselves: a warp for that alone would leave 240 registers to the others, who need 255. README.md has the
 // mathematics.
 
 #include <algorithm>
