@@ -50,8 +50,8 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
     return {dense ? y.view_symint(q.sym_sizes()) : y, after};
   }
   const int64_t segments = ((tokens + (rows - 1)) / rows).guard_int(__FILE__, __LINE__);
-  // Outputs are joined at the end where autograd has to see it. Elsewhere each goes to its place at once: a long input then has no
-  // more memory to itself than a segment.
+  // Outputs are joined at the end where autograd has to see it. Elsewhere each goes to its place at once, and a long input takes
+  // no more memory beside its output than a segment.
   const bool joined = at::GradMode::is_enabled();
   const auto y = joined ? at::Tensor() : at::empty_symint(packed_q.sym_sizes(), packed_q.options());
   std::vector<at::Tensor> ys, held = state.vec();

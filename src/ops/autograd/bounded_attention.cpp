@@ -74,7 +74,8 @@ at::Tensor bounded_attention(const at::Tensor& q, const at::Tensor& k, const at:
   const auto options = c10::make_intrusive<Options>(CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
   check_bounded_attention(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v,
                           summary_mass, inv_freq, options->memory);
-  if (!torch::autograd::compute_requires_grad(q, k, v, lam, theta, norm_weight, gate, state, summary_k, summary_v, summary_mass)) {
+  if (!torch::autograd::compute_requires_grad(q, k, v, lam, theta, norm_weight, gate, state, summary_k, summary_v,
+                                              summary_mass)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return std::get<0>(dispatch::bounded_attention_forward(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index,
                                                            summary_k, summary_v, summary_mass, inv_freq, CODA_MEMORY_ARGS,

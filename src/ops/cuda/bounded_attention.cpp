@@ -40,7 +40,8 @@ struct Problem {
           const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
           const MemoryOptions& memory, const AttentionOptions& attention)
       : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path), q(q_.contiguous()), k(k_.contiguous()),
-        v(v_.contiguous()), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)), gate(gate_.contiguous()), cu_seqlens(int64(cu_seqlens_)),
+        v(v_.contiguous()), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)),
+        gate(gate_.contiguous()), cu_seqlens(int64(cu_seqlens_)),
         index(index_.contiguous()), summary_k(summary_k_.contiguous()), summary_v(summary_v_.contiguous()),
         summary_mass(summary_mass_.contiguous()), inv_freq(inv_freq_.contiguous()), state(contiguous_state(state_)),
         turned(bank_keys(k, state, cu_seqlens, inv_freq, memory)) {

@@ -56,7 +56,8 @@ struct Problem {
           const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
           const AttentionOptions& options)
       : path(choose_path(kPathVariable, q_, scale_of(options, q_.size(-1))).path), q(readable(q_, path)),
-        k(readable(k_, path)), v(readable(v_, path)), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)) {
+        k(readable(k_, path)), v(readable(v_, path)), lam(widened(lam_, q_)), theta(widened(theta_, q_)),
+        norm_weight(widened(norm_weight_, q_)) {
     auto& p = params;
     p.heads = static_cast<int>(q.size(-2));
     p.kv_heads = static_cast<int>(k.size(-2));
