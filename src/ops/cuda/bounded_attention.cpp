@@ -1,4 +1,5 @@
 #include <string>
+#include <vector>
 
 #include <kernels/bounded_attention/launch.h>
 #include <torch/library.h>
@@ -26,6 +27,18 @@ Kernels kernels_of(Path path) {
   }
 }
 
+// Contiguous, from a multiple of 16 bytes on, as the fast paths read.
+at::Tensor aligned(const at::Tensor& t) {
+  const auto packed = t.contiguous();
+  return reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0 ? packed : packed.clone();
+}
+State aligned_state(at::TensorList tensors) {
+  std::vector<at::Tensor> held;
+  held.reserve(tensors.size());
+  for (const auto& t : tensors) held.push_back(aligned(t));
+  return State::from_tensors(held);
+}
+
 // The arguments in the form that kernels take; keeps the tensors alive.
 struct Problem {
   Path path;
@@ -39,11 +52,11 @@ struct Problem {
           const at::Tensor& cu_seqlens_, at::TensorList state_, const at::Tensor& index_, const at::Tensor& summary_k_,
           const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
           const MemoryOptions& memory, const AttentionOptions& attention)
-      : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path), q(q_.contiguous()), k(k_.contiguous()),
-        v(v_.contiguous()), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)),
-        gate(gate_.contiguous()), cu_seqlens(int64(cu_seqlens_)),
-        index(index_.contiguous()), summary_k(summary_k_.contiguous()), summary_v(summary_v_.contiguous()),
-        summary_mass(summary_mass_.contiguous()), inv_freq(inv_freq_.contiguous()), state(contiguous_state(state_)),
+      : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path), q(aligned(q_)), k(aligned(k_)),
+        v(aligned(v_)), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)),
+        gate(aligned(gate_)), cu_seqlens(int64(cu_seqlens_)), index(aligned(index_)), summary_k(aligned(summary_k_)),
+        summary_v(aligned(summary_v_)), summary_mass(aligned(summary_mass_)), inv_freq(aligned(inv_freq_)),
+        state(aligned_state(state_)),
         turned(bank_keys(k, state, cu_seqlens, inv_freq, memory)) {
     auto& p = params;
     p.sequences = state.k.size(0);
@@ -123,7 +136,7 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
                         inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
-  const auto out = output_gradient(grad_y.contiguous(), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
+  const auto out = output_gradient(aligned(grad_y), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
                                    problem.norm_weight, norm_eps);
   const auto lse = lse_.contiguous();
   const auto dtype = dtype_of(q);

@@ -1,6 +1,5 @@
 #include <string>
 
-#include <ATen/Context.h>
 #include <kernels/diff_attention/launch.h>
 #include <torch/library.h>
 
@@ -13,13 +12,8 @@ namespace {
 
 constexpr const char* kPathVariable = "CODA_DIFF_ATTENTION_PATH";
 
-// The sm90 path adds shares of grad_q in whatever order they come. Where torch.use_deterministic_algorithms asks for the same bits every
-// time, the one below it serves.
-Path backward_path(Path path) {
-  const auto& context = at::globalContext();
-  const bool deterministic = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
-  return path == Path::kSm90 && deterministic ? Path::kSm80 : path;
-}
+// The sm90 path adds shares of grad_q in whatever order they come; where that is not allowed, the one below it serves.
+Path backward_path(Path path) { return path == Path::kSm90 && asks_for_determinism() ? Path::kSm80 : path; }
 
 // What a path is made of.
 struct Kernels {

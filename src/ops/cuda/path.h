@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <kernels/common/path.h>
 
@@ -31,6 +32,12 @@ inline kernels::PathChoice choose_path(const char* variable, const at::Tensor& q
     return {path, "named by the environment"};
   }
   TORCH_CHECK_VALUE(false, variable, "=", wanted, " is not a path; use portable, sm80 or sm90, or unset it");
+}
+
+// Whether torch.use_deterministic_algorithms asks for the same bits every time.
+inline bool asks_for_determinism() {
+  const auto& context = at::globalContext();
+  return context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
 }
 
 // As projections give it where the path can read that: rows of contiguous elements that begin at multiples of 16 bytes.
