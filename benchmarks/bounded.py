@@ -46,7 +46,7 @@ def measure(run: Run, lengths: Sequence[int] = _LENGTHS) -> list[dict[str, Any]]
         rows += _attention(run, "forward", length, windows)
     for length in trained:
         rows += _attention(run, "train", length, {})
-    rows += _ragged(run, min(_RAGGED, max(lengths)))
+    rows += _ragged(run, min(_RAGGED, max(lengths, default=_RAGGED)))
     layers = {preset: _Layer(run.device, config) for preset, config in _PRESETS.items()}
     for length in lengths:
         rows += _layer(run, "forward", length, layers)
