@@ -8,7 +8,7 @@ CUDA ?= AUTO
 VENV ?= .venv
 BUILD ?= build
 SANITIZE_TESTS ?= tests/python/ops -m gpu -k "opcheck or small_problem"
-INITCHECK_TESTS ?= tests/python/ops/test_diff_attention_paths.py -m gpu -k small_problem
+INITCHECK_TESTS ?= tests/python/ops/test_diff_attention_paths.py tests/python/ops/test_bounded_attention_paths.py -m gpu -k small_problem
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash

@@ -49,10 +49,11 @@ TORCH_LIBRARY(coda, m) {
   m.def("bounded_attention(Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, Tensor? norm_weight, Tensor gate, "
         "Tensor cu_seqlens, Tensor[] state, Tensor index, Tensor summary_k, Tensor summary_v, Tensor summary_mass, "
         "Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", " CODA_ATTENTION_SCHEMA ") -> Tensor");
+  m.def("bounded_attention_path(Tensor q, *, float? scale=None) -> (str path, str reason)");
   m.def("_bounded_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, Tensor? norm_weight, "
         "Tensor gate, Tensor cu_seqlens, Tensor[] state, Tensor index, Tensor summary_k, Tensor summary_v, "
         "Tensor summary_mass, Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", " CODA_ATTENTION_SCHEMA
-        ") -> (Tensor y, Tensor o2, Tensor diff, Tensor lse)");
+        ", bool save=True) -> (Tensor y, Tensor o2, Tensor diff, Tensor lse)");
   m.def("_bounded_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, "
         "Tensor? norm_weight, Tensor gate, Tensor cu_seqlens, Tensor[] state, Tensor index, Tensor summary_k, "
         "Tensor summary_v, Tensor summary_mass, Tensor inv_freq, Tensor y, Tensor o2, Tensor diff, Tensor lse, *, "

@@ -40,9 +40,9 @@ struct BoundedAttentionParams {
 
 struct BoundedAttentionForward : BoundedAttentionParams {
   void* y;     // out (T, H, D)
-  void* o2;    // out (T, H, D) of the storage type, null with one stream
-  void* diff;  // out (T, H, D) of the storage type: o1 - lam o2, null without norm
-  void* lse;   // out (streams, T, H) A
+  void* o2;    // out (T, H, D) of the storage type, null with one stream or without a backward
+  void* diff;  // out (T, H, D) of the storage type: o1 - lam o2, null without norm or a backward
+  void* lse;   // out (streams, T, H) A, null without a backward
 };
 
 struct BoundedAttentionBackward : BoundedAttentionParams {

@@ -7,7 +7,7 @@
 #include "../common/dtype.h"
 #include "params.h"
 
-// One namespace per path (path.h), each with the same functions.
+// One namespace per path (../common/path.h), each with the same functions.
 namespace coda::kernels {
 
 // What a backward needs besides its outputs.

@@ -65,6 +65,13 @@ def diff_attention_path(q: Tensor, *, scale: Optional[float] = None) -> Path:
     return Path(*_ops.diff_attention_path(q, scale=scale))
 
 
+def bounded_attention_path(q: Tensor, *, scale: Optional[float] = None) -> Path:
+    """The same for ``bounded_attention`` and CODA_BOUNDED_ATTENTION_PATH. Its forward has no kernels of its own for sm80 and is
+    portable there; its backward has none for sm90 and is that of sm80.
+    """
+    return Path(*_ops.bounded_attention_path(q, scale=scale))
+
+
 def bounded_attention(q: Tensor, k: Tensor, v: Tensor, lam: Optional[Tensor], theta: Optional[Tensor], gate: Tensor,
                       state: State, *, inv_freq: Tensor, config: CodaConfig = CodaConfig(),
                       norm_weight: Optional[Tensor] = None, eta_logit: Optional[Tensor] = None,

@@ -54,7 +54,8 @@ def padding_packing(batch_size: int, q_length: int, kv_length: int, q_offset: in
     """The mask function of converted models: None without padding, else where the real tokens are; never an L x L mask.
 
     A token is real where ``attention_mask`` (B, columns seen so far + new columns) is True; whatever lies between two real
-    tokens of a row does not exist, so padding may stand left, right or in the middle.
+    tokens of a row does not exist, so padding may stand left, right or in the middle. How many tokens are real decides shapes, so
+    with a mask the host waits for the GPU, once for all layers; without one nothing here does.
     """
     bounded = config.coda_mode == "bounded"
     window = getattr(config, "sliding_window", None)

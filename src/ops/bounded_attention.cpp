@@ -26,12 +26,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch::bounded_att
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
     const at::Tensor& cu_seqlens, at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k,
     const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
-    CODA_ATTENTION_PARAMS) {
+    CODA_ATTENTION_PARAMS, bool save) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("coda::_bounded_attention_forward", "")
                              .typed<decltype(dispatch::bounded_attention_forward)>();
   return op.call(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
-                 inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS);
+                 inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS, save);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -64,7 +64,7 @@ at::Tensor bounded_attention_explicit(const at::Tensor& q, const at::Tensor& k, 
                           summary_mass, inv_freq, CODA_MEMORY_OPTIONS);
   return std::get<0>(dispatch::bounded_attention_forward(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index,
                                                          summary_k, summary_v, summary_mass, inv_freq, CODA_MEMORY_ARGS,
-                                                         CODA_ATTENTION_ARGS));
+                                                         CODA_ATTENTION_ARGS, /*save=*/false));
 }
 
 }  // namespace

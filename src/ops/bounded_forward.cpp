@@ -27,14 +27,14 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
   const bool dense = !cu_seqlens;
   const auto pack = [&](const at::Tensor& t) { return dense ? t.flatten(0, 1) : t; };
   const auto packed_q = pack(q), packed_k = pack(k), packed_v = pack(v);
-  const auto packed_gate = pack(gate.to(state[2].scalar_type()));
+  const auto packed_gate = pack(gate);
   const auto packed_lam = lam ? std::optional(pack(*lam)) : std::nullopt;
   const auto ends = dense ? at::arange(q.sym_size(0) + 1, q.options().dtype(at::kLong)).mul(q.sym_size(1)) : *cu_seqlens;
 
   // Rows [from, to) of the packed batch; `cu` counts from `from`.
   const auto read = [&](const c10::SymInt& from, const c10::SymInt& to, const at::Tensor& cu, at::TensorList before) -> Result {
     const auto rows = [&](const at::Tensor& t) { return t.slice_symint(0, from, to); };
-    const auto keys = rows(packed_k), values = rows(packed_v), logits = rows(packed_gate);
+    const auto keys = rows(packed_k), values = rows(packed_v), logits = rows(packed_gate).to(state[2].scalar_type());
     auto [index, summary_k, summary_v, summary_mass, after] =
         dispatch::bank_scan(keys, values, logits, cu, before, eta_logit, inv_freq, CODA_MEMORY_ARGS);
     auto y = dispatch::bounded_attention(rows(packed_q), keys, values, packed_lam ? std::optional(rows(*packed_lam)) : std::nullopt,
@@ -50,15 +50,23 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
     return {dense ? y.view_symint(q.sym_sizes()) : y, after};
   }
   const int64_t segments = ((tokens + (rows - 1)) / rows).guard_int(__FILE__, __LINE__);
+  // Outputs are joined at the end where autograd has to see it. Elsewhere each goes to its place at once, and a long input takes
+  // no more memory beside its output than a segment.
+  const bool joined = at::GradMode::is_enabled();
+  const auto y = joined ? at::Tensor() : at::empty_symint(packed_q.sym_sizes(), packed_q.options());
   std::vector<at::Tensor> ys, held = state.vec();
   for (int64_t i = 0; i < segments; ++i) {
     const c10::SymInt from = i * rows, to = i + 1 < segments ? c10::SymInt((i + 1) * rows) : tokens;
-    auto [y, after] = read(from, to, ends.clamp(i * rows, (i + 1) * rows).sub(i * rows), held);
-    ys.push_back(y);
+    auto [piece, after] = read(from, to, ends.clamp(i * rows, (i + 1) * rows).sub(i * rows), held);
+    if (joined) {
+      ys.push_back(piece);
+    } else {
+      y.slice_symint(0, from, to).copy_(piece);
+    }
     held = after;
   }
-  const auto y = at::cat(ys);
-  return {dense ? y.view_symint(q.sym_sizes()) : y, held};
+  const auto whole = joined ? at::cat(ys) : y;
+  return {dense ? whole.view_symint(q.sym_sizes()) : whole, held};
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ struct BoundedAttention : torch::autograd::Function<BoundedAttention> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, o2, diff, lse] = dispatch::bounded_attention_forward(
         q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass, inv_freq,
-        CODA_MEMORY_VALUES(options->memory), CODA_ATTENTION_VALUES(options->attention));
+        CODA_MEMORY_VALUES(options->memory), CODA_ATTENTION_VALUES(options->attention), /*save=*/true);
     variable_list saved{q, k, v, or_undefined(lam), or_undefined(theta), or_undefined(norm_weight), gate, cu_seqlens, index,
                         summary_k, summary_v, summary_mass, inv_freq, y, o2, diff, lse};
     saved.insert(saved.end(), state.begin(), state.end());
@@ -74,6 +74,13 @@ at::Tensor bounded_attention(const at::Tensor& q, const at::Tensor& k, const at:
   const auto options = c10::make_intrusive<Options>(CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
   check_bounded_attention(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v,
                           summary_mass, inv_freq, options->memory);
+  if (!torch::autograd::compute_requires_grad(q, k, v, lam, theta, norm_weight, gate, state, summary_k, summary_v,
+                                              summary_mass)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return std::get<0>(dispatch::bounded_attention_forward(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index,
+                                                           summary_k, summary_v, summary_mass, inv_freq, CODA_MEMORY_ARGS,
+                                                           CODA_ATTENTION_ARGS, /*save=*/false));
+  }
   return BoundedAttention::apply(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v,
                                  summary_mass, inv_freq, options);
 }

@@ -183,9 +183,9 @@ struct Bank {
 };
 
 template <class S>
-AttentionOutputs<S> forward(const Problem<S>& p) {
+AttentionOutputs<S> forward(const Problem<S>& p, bool save) {
   using T = acc_t<S>;
-  AttentionOutputs<S> out(p.q, p.head);
+  AttentionOutputs<S> out(p.q, p.head, save);
   struct Unit {
     int64_t n, kv, begin, end;  // chunks
   };
@@ -354,10 +354,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bounded_attention_for
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
     const at::Tensor& cu_seqlens, at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k,
     const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
-    CODA_ATTENTION_PARAMS) {
+    CODA_ATTENTION_PARAMS, bool save) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "coda::bounded_attention", [&] {
     return forward(Problem<scalar_t>(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v,
-                                     summary_mass, inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS))
+                                     summary_mass, inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS),
+                   save)
         .tensors();
   });
 }
@@ -401,9 +402,14 @@ BackwardResult bounded_attention_backward(
       });
 }
 
+std::tuple<std::string, std::string> bounded_attention_path(const at::Tensor& /*q*/, std::optional<double> /*scale*/) {
+  return {"cpu", "q is on the CPU"};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(coda, CPU, m) {
+  m.impl("bounded_attention_path", bounded_attention_path);
   m.impl("_bounded_attention_forward", bounded_attention_forward);
   m.impl("_bounded_attention_backward", bounded_attention_backward);
 }

@@ -1,14 +1,47 @@
+#include <string>
+#include <vector>
+
 #include <kernels/bounded_attention/launch.h>
 #include <torch/library.h>
 
 #include "../memory_args.h"
 #include "launch.h"
+#include "path.h"
 
 namespace coda::cuda {
 namespace {
 
+constexpr const char* kPathVariable = "CODA_BOUNDED_ATTENTION_PATH";
+
+// What a path is made of.
+struct Kernels {
+  decltype(&kernels::bounded_attention_forward) forward;
+  decltype(&kernels::bounded_attention_backward_row_blocks) row_blocks;
+  decltype(&kernels::bounded_attention_backward) backward;
+};
+Kernels kernels_of(Path path) {
+  switch (path) {
+    default:
+      return {kernels::bounded_attention_forward, kernels::bounded_attention_backward_row_blocks,
+              kernels::bounded_attention_backward};
+  }
+}
+
+// Contiguous, from a multiple of 16 bytes on, as the fast paths read.
+at::Tensor aligned(const at::Tensor& t) {
+  const auto packed = t.contiguous();
+  return reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0 ? packed : packed.clone();
+}
+State aligned_state(at::TensorList tensors) {
+  std::vector<at::Tensor> held;
+  held.reserve(tensors.size());
+  for (const auto& t : tensors) held.push_back(aligned(t));
+  return State::from_tensors(held);
+}
+
 // The arguments in the form that kernels take; keeps the tensors alive.
 struct Problem {
+  Path path;
   at::Tensor q, k, v, lam, theta, norm_weight, gate, cu_seqlens, index, summary_k, summary_v, summary_mass, inv_freq;
   State state;
   BankKeys turned;
@@ -19,10 +52,11 @@ struct Problem {
           const at::Tensor& cu_seqlens_, at::TensorList state_, const at::Tensor& index_, const at::Tensor& summary_k_,
           const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
           const MemoryOptions& memory, const AttentionOptions& attention)
-      : q(q_.contiguous()), k(k_.contiguous()), v(v_.contiguous()), lam(widened(lam_, q_)), theta(widened(theta_, q_)),
-        norm_weight(widened(norm_weight_, q_)), gate(gate_.contiguous()), cu_seqlens(int64(cu_seqlens_)),
-        index(index_.contiguous()), summary_k(summary_k_.contiguous()), summary_v(summary_v_.contiguous()),
-        summary_mass(summary_mass_.contiguous()), inv_freq(inv_freq_.contiguous()), state(contiguous_state(state_)),
+      : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path), q(aligned(q_)), k(aligned(k_)),
+        v(aligned(v_)), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)),
+        gate(aligned(gate_)), cu_seqlens(int64(cu_seqlens_)), index(aligned(index_)), summary_k(aligned(summary_k_)),
+        summary_v(aligned(summary_v_)), summary_mass(aligned(summary_mass_)), inv_freq(aligned(inv_freq_)),
+        state(aligned_state(state_)),
         turned(bank_keys(k, state, cu_seqlens, inv_freq, memory)) {
     auto& p = params;
     p.sequences = state.k.size(0);
@@ -73,19 +107,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
     const at::Tensor& cu_seqlens, at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k,
     const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
-    CODA_ATTENTION_PARAMS) {
+    CODA_ATTENTION_PARAMS, bool save) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
                         inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
-  const auto saved = [&](bool present) { return present ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options()); };
+  const auto saved = [&](bool present) {
+    return save && present ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options());
+  };
   const auto y = at::empty(q.sizes(), q.options()), o2 = saved(lam.has_value()), diff = saved(norm_weight.has_value());
-  const auto lse = at::empty({problem.params.streams, q.size(0), q.size(1)}, wide(q));
+  const auto lse = at::empty({save ? problem.params.streams : 0, q.size(0), q.size(1)}, wide(q));
   auto p = with_outputs<kernels::BoundedAttentionForward>(problem.params);
   p.y = data(y);
   p.o2 = data(o2);
   p.diff = data(diff);
   p.lse = data(lse);
-  C10_CUDA_CHECK(kernels::bounded_attention_forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(kernels_of(problem.path).forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   return {y, o2, diff, lse};
 }
 
@@ -100,20 +136,20 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
                         inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
-  const auto out = output_gradient(grad_y.contiguous(), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
+  const auto out = output_gradient(aligned(grad_y), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
                                    problem.norm_weight, norm_eps);
   const auto lse = lse_.contiguous();
   const auto dtype = dtype_of(q);
   const auto options = wide(q);
   const auto& held = problem.state;
+  const auto path = kernels_of(problem.path);
   auto p = with_outputs<kernels::BoundedAttentionBackward>(problem.params);
   const auto grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
              grad_v = at::empty(v.sizes(), v.options()), grad_state_k = at::empty(held.k.sizes(), k.options()),
              grad_state_v = at::empty(held.v.sizes(), v.options());
   const auto grad_summary_k = at::zeros(summary_k.sizes(), options), grad_summary_v = at::zeros(summary_v.sizes(), options);
   const auto theta_partial =
-      theta ? at::zeros({kernels::bounded_attention_backward_row_blocks(p, dtype), p.heads, p.dim / 2}, options)
-            : at::empty({0}, options);
+      theta ? at::zeros({path.row_blocks(p, dtype), p.heads, p.dim / 2}, options) : at::empty({0}, options);
   const auto gate_partial = at::zeros({p.tokens, p.kv_heads}, options);
   const auto state_gate_partial = at::zeros({p.sequences, p.kv_heads, held.k.size(2)}, options);
   const auto mass_partial = at::zeros({p.chunk_rows, p.kv_heads, p.summary_slots}, options);
@@ -140,7 +176,7 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   p.bank_grad_v = data(bank_grad_v);
   p.state_bank_grad_k = data(state_bank_grad_k);
   p.state_bank_grad_v = data(state_bank_grad_v);
-  C10_CUDA_CHECK(kernels::bounded_attention_backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(path.backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
   const bool shared = p.gate_groups < p.kv_heads;
   return {grad_q,
           grad_k,
@@ -157,9 +193,15 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
           mass_partial.sum(1)};
 }
 
+std::tuple<std::string, std::string> path(const at::Tensor& q, std::optional<double> scale) {
+  const auto choice = choose_path(kPathVariable, q, scale.value_or(1.0));
+  return {name_of(choice.path), choice.reason};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(coda, CUDA, m) {
+  m.impl("bounded_attention_path", path);
   m.impl("_bounded_attention_forward", forward);
   m.impl("_bounded_attention_backward", backward);
 }

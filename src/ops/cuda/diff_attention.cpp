@@ -1,49 +1,19 @@
-#include <cstdlib>
 #include <string>
-#include <string_view>
 
-#include <ATen/Context.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <kernels/diff_attention/launch.h>
-#include <kernels/diff_attention/path.h>
 #include <torch/library.h>
 
 #include "../memory_args.h"
 #include "launch.h"
+#include "path.h"
 
 namespace coda::cuda {
 namespace {
 
-using kernels::Path;
-
 constexpr const char* kPathVariable = "CODA_DIFF_ATTENTION_PATH";
-constexpr const char* name_of(Path path) {
-  return path == Path::kSm90 ? "sm90" : path == Path::kSm80 ? "sm80" : "portable";
-}
 
-// The path of a call, or the one that the environment names for tests and measurements.
-kernels::PathChoice choose_path(const at::Tensor& q, double scale) {
-  const auto* device = at::cuda::getDeviceProperties(q.device().index());
-  const auto best = kernels::diff_attention_path(10 * device->major + device->minor, dtype_of(q),
-                                                 static_cast<int>(q.size(-1)), scale);
-  const char* wanted = std::getenv(kPathVariable);
-  if (!wanted || !*wanted) return best;
-  for (const Path path : {Path::kPortable, Path::kSm80, Path::kSm90}) {
-    if (std::string_view(wanted) != name_of(path)) continue;
-    TORCH_CHECK_VALUE(path <= best.path, kPathVariable, "=", wanted, " cannot serve this call, whose fastest path is ",
-                      name_of(best.path), " (", best.reason, "); unset it");
-    return {path, "named by CODA_DIFF_ATTENTION_PATH"};
-  }
-  TORCH_CHECK_VALUE(false, kPathVariable, "=", wanted, " is not a path; use portable, sm80 or sm90, or unset it");
-}
-
-// The sm90 path adds shares of grad_q in whatever order they come. Where torch.use_deterministic_algorithms asks for the same bits every
-// time, the one below it serves.
-Path backward_path(Path path) {
-  const auto& context = at::globalContext();
-  const bool deterministic = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
-  return path == Path::kSm90 && deterministic ? Path::kSm80 : path;
-}
+// The sm90 path adds shares of grad_q in whatever order they come; where that is not allowed, the one below it serves.
+Path backward_path(Path path) { return path == Path::kSm90 && asks_for_determinism() ? Path::kSm80 : path; }
 
 // What a path is made of.
 struct Kernels {
@@ -65,20 +35,6 @@ Kernels kernels_of(Path path) {
   }
 }
 
-// As projections give it where the path can read that: rows of contiguous elements that begin at multiples of 16 bytes.
-at::Tensor readable(const at::Tensor& t, Path path) {
-  if (path == Path::kPortable) return t.contiguous();
-  const auto aligned = [](const at::Tensor& x) {
-    if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) return false;
-    if (x.stride(-1) != 1) return false;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-      if (x.size(i) > 1 && (x.stride(i) <= 0 || x.stride(i) * x.element_size() % 16 != 0)) return false;
-    }
-    return true;
-  };
-  return t.numel() == 0 || aligned(t) ? t : t.clone(at::MemoryFormat::Contiguous);
-}
-
 kernels::Strides strides_of(const at::Tensor& t) {
   return {t.dim() == 4 ? t.stride(0) : 0, t.stride(-3), t.stride(-2)};
 }
@@ -93,8 +49,9 @@ struct Problem {
           const std::optional<at::Tensor>& theta_, const std::optional<at::Tensor>& norm_weight_,
           const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
           const AttentionOptions& options)
-      : path(choose_path(q_, scale_of(options, q_.size(-1))).path), q(readable(q_, path)), k(readable(k_, path)),
-        v(readable(v_, path)), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)) {
+      : path(choose_path(kPathVariable, q_, scale_of(options, q_.size(-1))).path), q(readable(q_, path)),
+        k(readable(k_, path)), v(readable(v_, path)), lam(widened(lam_, q_)), theta(widened(theta_, q_)),
+        norm_weight(widened(norm_weight_, q_)) {
     auto& p = params;
     p.heads = static_cast<int>(q.size(-2));
     p.kv_heads = static_cast<int>(k.size(-2));
@@ -188,7 +145,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 }
 
 std::tuple<std::string, std::string> path(const at::Tensor& q, std::optional<double> scale) {
-  const auto choice = choose_path(q, scale.value_or(1.0));
+  const auto choice = choose_path(kPathVariable, q, scale.value_or(1.0));
   return {name_of(choice.path), choice.reason};
 }
 

@@ -13,10 +13,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bounded_attention_for
     const std::optional<at::Tensor>& /*theta*/, const std::optional<at::Tensor>& norm_weight, const at::Tensor& /*gate*/,
     const at::Tensor& /*cu_seqlens*/, at::TensorList /*state*/, const at::Tensor& /*index*/, const at::Tensor& /*summary_k*/,
     const at::Tensor& /*summary_v*/, const at::Tensor& /*summary_mass*/, const at::Tensor& /*inv_freq*/, CODA_MEMORY_PARAMS,
-    CODA_ATTENTION_PARAMS) {
+    CODA_ATTENTION_PARAMS, bool save) {
   CODA_MEMORY_OPTIONS;
   CODA_ATTENTION_OPTIONS;
-  return attention_outputs(q, lam.has_value(), norm_weight.has_value());
+  return attention_outputs(q, lam.has_value(), norm_weight.has_value(), save);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,

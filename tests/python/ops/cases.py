@@ -1,10 +1,12 @@
-"""Random small problems for the ops of the bounded memory, and what a memory holds."""
+"""Random small problems for the ops of the bounded memory, what a memory holds, and the paths of an op on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any, Callable, Iterable, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
+import pytest
 import torch
 from hypothesis import settings, strategies as st
 from torch import Tensor
@@ -330,3 +332,37 @@ def error(ours: Tensor, exact: Tensor) -> float:
     """The largest error, or in float32, where the largest of thousands of single roundings is luck, their root mean square."""
     difference = ours.detach().cpu().double() - exact.detach().cpu().double()
     return float(difference.square().mean().sqrt() if ours.dtype == torch.float32 else difference.abs().max())
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------------
+
+PATHS = ("portable", "sm80", "sm90")  # of an attention op, the fastest last
+LOW = [torch.bfloat16, torch.float16]
+
+
+def take_path(path: str, best: F.Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has a path serve the calls of one test; skips where this GPU does not have it."""
+    if PATHS.index(path) > PATHS.index(best.path):
+        pytest.skip(f"this GPU's fastest path is {best.path}")
+    monkeypatch.setenv(variable, path)
+    return path
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Whatever is allocated begins as NaN. With warnings alone: nothing else of deterministic mode is wanted."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
 import torch
-from cases import Shape, cumulative, error
+from cases import LOW, PATHS, Shape, cumulative, deterministic, error, poisoned_memory, take_path
 from test_diff_attention import Call, gradients, plain
 
 from coda_attn import functional as F, reference
 
 pytestmark = pytest.mark.gpu
-PATHS = ("portable", "sm80", "sm90")
-LOW = [torch.bfloat16, torch.float16]
 
 CASES = {
     "norm": Call(Shape(4, 2, 128), (300, 300), (300, 300), norm=True),
@@ -45,22 +42,8 @@ def device():
 @pytest.fixture(params=PATHS)
 def path(request, device, monkeypatch):
     """Every path of this GPU in turn."""
-    best = F.diff_attention_path(torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=device)).path
-    if PATHS.index(request.param) > PATHS.index(best):
-        pytest.skip(f"this GPU's fastest path is {best}")
-    monkeypatch.setenv("CODA_DIFF_ATTENTION_PATH", request.param)
-    return request.param
-
-
-@contextlib.contextmanager
-def poisoned_memory():
-    """Whatever is allocated begins as NaN. With warnings alone: nothing else of deterministic mode is wanted."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    best = F.diff_attention_path(torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=device))
+    return take_path(request.param, best, "CODA_DIFF_ATTENTION_PATH", monkeypatch)
 
 
 def rows_of(call: Call, n: int) -> dict[str, slice]:
@@ -190,11 +173,8 @@ class TestEveryPath:
         call = Call(Shape(8, 2, 128), (1000,), (1000,), norm=True)
         tensors = call.make(device, torch.bfloat16)
         assert torch.equal(call.run(tensors), call.run(tensors))
-        torch.use_deterministic_algorithms(True)
-        try:
+        with deterministic():
             a, b = gradients(call, tensors), gradients(call, tensors)
-        finally:
-            torch.use_deterministic_algorithms(False)
         assert all(torch.equal(a[name], b[name]) for name in a)
         for name, grad in gradients(call, tensors).items():
             assert torch.equal(grad, a[name]) or path == "sm90", name

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../common/dtype.h"
+#include "dtype.h"
 
 namespace coda::kernels {
 
@@ -12,8 +12,8 @@ struct PathChoice {
   const char* reason;
 };
 
-// Which kernels serve a call, and why. `capability` is 10 * major + minor of the device.
-inline PathChoice diff_attention_path(int capability, DType dtype, int dim, double scale) {
+// Which kernels serve an attention op, and why. `capability` is 10 * major + minor of the device.
+inline PathChoice attention_path(int capability, DType dtype, int dim, double scale) {
   if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
     return {Path::kPortable, "float32 and float64 have no tensor-core path of their own precision"};
   }
