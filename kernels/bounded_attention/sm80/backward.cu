@@ -28,6 +28,7 @@ Layout lay_out(BoundedBackward& p, void* workspace) {
   p.bank = carver.take<BankSlot>(snapshots * p.slots);
   p.used = carver.take<int32_t>(snapshots);
   p.scalars = carver.take<RowScalars>(p.tokens * p.heads);
+  p.row_lam = p.streams == 2 ? carver.take<float>(p.tokens * p.heads) : nullptr;
   p.theta_angles = carver.take<Angle<float>>(p.heads * dim / 2);
   p.bank_angles = carver.take<Angle<float>>(p.chunk_rows * dim / 2);
   if (p.exact_slots == 0) return {carver.used(), 0};
@@ -53,6 +54,8 @@ cudaError_t bounded_attention_backward(const BoundedAttentionBackward& params, D
   BoundedBackward p{};
   static_cast<BoundedAttentionBackward&>(p) = params;
   const auto layout = lay_out(p, params.workspace);
+  if (p.dim == 64) RowWalk<64>::measure(p);
+  if (p.dim == 128) RowWalk<128>::measure(p);
   if (layout.marks > 0) {
     if (const auto status = cudaMemsetAsync(p.banked, 0, layout.marks, stream); status != cudaSuccess) return status;
   }

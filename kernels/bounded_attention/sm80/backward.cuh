@@ -16,7 +16,7 @@ constexpr int kFree = -1, kSummary = INT_MAX;
 // What one bank slot is to the queries of a chunk.
 struct alignas(8) BankSlot {
   int source;  // flat source, kSummary for a summary slot, kFree
-  float bias;  // slot bias in units of log 2, as exp2 takes it
+  float bias;  // slot bias over the scale: what a dot product of query and key starts from; -inf where free
 };
 
 // What the gradients of a row's logits need, by stream.
@@ -27,6 +27,7 @@ struct alignas(16) RowScalars {
 
 struct BoundedBackward : BoundedAttentionBackward {
   int slots;                   // of a snapshot in `bank`: Me + Ms, rounded up to whole tiles
+  int next_heads, next_packets, next_token;  // see RowWalk
   void* q2;                    // (T, H, D) R_theta q; null with one stream
   void* bank_q;                // (T, H, D) queries as the bank's keys meet them; q itself without bank_distance
   void* bank_q2;               // (T, H, D) R_theta of that; null with one stream
@@ -34,7 +35,8 @@ struct BoundedBackward : BoundedAttentionBackward {
   void* rounded_v;             // (NC, Hkv, Ms, D)
   BankSlot* bank;              // (NC, Hkv, slots)
   int32_t* used;               // (NC, Hkv) slots up to the last that is not free
-  RowScalars* scalars;         // (T, H)
+  RowScalars* scalars;         // (Hkv, T, G)
+  float* row_lam;              // (Hkv, T, G) lam; null with one stream
   Angle<float>* theta_angles;  // (H, D/2)
   Angle<float>* bank_angles;   // (NC, D/2) by which each chunk's queries were turned
   // Gradients of keys and values as the exact banks hold them; only rows of sources that are marked are ever written or read.
@@ -92,6 +94,8 @@ struct HeadView {
   __device__ int64_t query_row(int row) const {
     return static_cast<int64_t>(token0 + row / group) * p.heads + kv_head * group + row % group;
   }
+  // Of (Hkv, T, G).
+  __device__ int64_t scalar_row(int row) const { return (kv_head * p.tokens + token0) * group + row; }
   // Of (T, Hkv) and (N, Hkv, W + Me).
   __device__ int64_t token_row(int token) const { return static_cast<int64_t>(token0 + token) * p.kv_heads + kv_head; }
   __device__ int64_t state_row(int slot) const { return static_cast<int64_t>(sequence * p.kv_heads + kv_head) * held() + slot; }
@@ -122,6 +126,84 @@ __device__ inline void for_packets(Visit visit) {
   constexpr int kPackets = D / 8, kRowsAtOnce = kThreads / kPackets;
 #pragma unroll 1
   for (int i = 0; i < Rows / kRowsAtOnce; ++i) visit(i * kRowsAtOnce + threadIdx.x / kPackets, threadIdx.x % kPackets);
+}
+
+// The query rows that a thread brings, kRowsAtOnce from one to the next: where they stand, without a division for each.
+template <int D>
+struct RowWalk {
+  static constexpr int kPackets = D / 8, kRowsAtOnce = kThreads / kPackets;
+  int head;     // within the group
+  unsigned at;  // packets from the sequence's first row
+
+  // What `next` adds, from the host.
+  static void measure(BoundedBackward& p) {
+    const int group = p.heads / p.kv_heads;
+    p.next_heads = kRowsAtOnce % group;
+    p.next_packets = (kRowsAtOnce / group * p.heads + p.next_heads) * kPackets;
+    p.next_token = (p.heads - group) * kPackets;
+  }
+
+  __device__ void seek(const HeadView& view, int row) {
+    row += threadIdx.x / kPackets;
+    head = row % view.group;
+    at = (static_cast<unsigned>(row / view.group) * view.p.heads + head) * kPackets + threadIdx.x % kPackets;
+  }
+  __device__ void next(const HeadView& view) {
+    head += view.p.next_heads;
+    at += view.p.next_packets;
+    if (head >= view.group) {
+      head -= view.group;
+      at += view.p.next_token;
+    }
+  }
+};
+
+// d[m] += a_m b^T and d[m] += w[m] b as in tiles.cuh, for tiles at multiples of their rows' size: then packets differ from one
+// another by one exclusive or of the address.
+template <int D, int M, int N, class T>
+__device__ inline void multiply_rows_at(float (&d)[M][N][4], const T* a, int distance, const T* b) {
+  const int lane = lane_id();
+  const uint32_t left_at = shared_address(a + place<D>(lane % 16, lane / 16));
+  const uint32_t right_at = shared_address(b + place<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2));
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    uint32_t left[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) load_matrices_at(left[m], (left_at ^ (k << 5)) + m * distance * sizeof(T));
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t right[4];
+      load_matrices_at(right, (right_at ^ (k << 5)) + 8 * n * D * sizeof(T));
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        multiply<T>(d[m][n], left[m], right[0], right[1]);
+        multiply<T>(d[m][n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+template <int D, int M, int N, class T>
+__device__ inline void multiply_columns_at(float (&d)[M][D / 8][4], const float (&w)[M][N][4], const T* b) {
+  const uint32_t right_at = shared_address(b + place<D>(lane_id() % 16, lane_id() / 16));
+#pragma unroll
+  for (int k = 0; k < N / 2; ++k) {
+    uint32_t left[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) left[m][i] = pack<T>(w[m][2 * k + i / 2][i % 2 * 2], w[m][2 * k + i / 2][i % 2 * 2 + 1]);
+    }
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 2) {
+      uint32_t right[4];
+      load_matrices_transposed_at(right, (right_at ^ (n << 4)) + 16 * k * D * sizeof(T));
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        multiply<T>(d[m][n], left[m], right[0], right[1]);
+        multiply<T>(d[m][n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
 }
 
 // A warp writes 16 rows of accumulators through 16 rows of shared memory that are its own; to(row) is null for none.

@@ -21,11 +21,16 @@ __device__ inline void add_pair(float* to, float a, float b) {
 #endif
 }
 
+template <int D, int Streams>
+constexpr size_t bank_shared() {
+  return keys_shared<D, Streams>() + kSlotTile * sizeof(BankSlot);
+}
+
 // Gradients of what the banks hold. A block owns the slots of a tile over a segment of consecutive chunks; when a slot's occupant
 // changes, or the segment ends, the sum is added to the occupant's.
 template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 2) backward_bank_kernel(BoundedBackward p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(256) unsigned char shared[];
   const KeysMemory<T, D, Streams> memory(shared);
   const int tiles = p.slots / kSlotTile, slot0 = blockIdx.x % tiles * kSlotTile;
   const int64_t segment = segment_chunks(p);
@@ -46,8 +51,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_bank_kernel(BoundedBackw
     step.row += kStep;
     return step.row < view.end_of(step.chunk) * view.group ? step : enter(step.chunk + 1);
   };
+  RowWalk<D> walk;
   const auto load_step = [&](int stage, Step step) {
-    memory.load_step(stage, view, p.bank_q, p.bank_q2, step.row, view.end_of(step.chunk) * view.group);
+    if (step.row == view.begin_of(step.chunk) * view.group) walk.seek(view, step.row);
+    memory.load_step(stage, view, walk, p.bank_q, p.bank_q2, step.row, view.end_of(step.chunk) * view.group);
     commit_copies();
   };
   Step step = enter(static_cast<int>(where.begin));
@@ -59,11 +66,13 @@ __global__ void __launch_bounds__(kThreads, 2) backward_bank_kernel(BoundedBackw
   KeyGradients<D> sum;
   sum.clear(0);
   sum.clear(1);
-  int occupant[2] = {INT_MIN, INT_MIN}, since = -1;  // the last chunk met
-  float bias[2];
+  int since = -1;  // the last chunk met
+  // What the lane's slots held then. Not in registers, of which there are none to spare.
+  auto* occupants = reinterpret_cast<BankSlot*>(memory.scalars + 2) + 16 * warp_id() + lane_id() / 4;
+  occupants[0].source = occupants[8].source = INT_MIN;
   // Adds what the r-th slot gathered to its occupant's.
   const auto leave = [&](int r, float grad_bias) {
-    const int s = slot + 8 * r, source = occupant[r];
+    const int s = slot + 8 * r, source = occupants[8 * r].source;
     const bool summary = source == kSummary, carried = source < view.held();
     const int64_t row = summary ? view.snapshot(since) * p.summary_slots + s - p.exact_slots
                                 : carried ? view.state_row(source) : view.token_row(source - view.held());
@@ -86,25 +95,27 @@ __global__ void __launch_bounds__(kThreads, 2) backward_bank_kernel(BoundedBackw
                 grad_bias * sigmoid(-view.gate(source)));
     }
   };
-  // The warp's slots as a chunk finds them.
+  // The warp's slots as a chunk finds them; all free after the last one.
   const auto meet = [&](int chunk) {
     int now[2];
     bool changed[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const BankSlot is = p.bank[view.snapshot(chunk) * p.slots + slot + 8 * r];
+      BankSlot is{kFree, 0.0f};
+      if (chunk < last) is = p.bank[view.snapshot(chunk) * p.slots + slot + 8 * r];
       now[r] = is.source;
-      bias[r] = is.bias;
-      changed[r] = now[r] != occupant[r] || now[r] == kSummary;
+      const int before = occupants[8 * r].source;
+      changed[r] = now[r] != before || now[r] == kSummary;
       const float grad_bias = quad_sum(sum.bias[r]);
-      if (changed[r] && occupant[r] >= 0) {
+      if (changed[r] && before >= 0) {
         leave(r, grad_bias);
         sum.clear(r);
       }
-      occupant[r] = now[r];
+      __syncwarp();
+      occupants[8 * r] = is;
     }
     since = chunk;
-    if (!__any_sync(kAllLanes, changed[0] || changed[1])) return;
+    if (chunk == last || !__any_sync(kAllLanes, changed[0] || changed[1])) return;
     constexpr int kPackets = D / 8;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -124,18 +135,14 @@ __global__ void __launch_bounds__(kThreads, 2) backward_bank_kernel(BoundedBackw
     commit_copies();
   };
 
-  for (int stage = 0; step.chunk < last; stage ^= 1) {
+  for (int stage = 0;; stage ^= 1) {
     if (step.chunk != since) meet(step.chunk);
+    if (step.chunk >= last) break;
     wait_copies<0>();
     __syncthreads();
     step = after(step);
     if (step.chunk < last) load_step(stage ^ 1, step);
-    gather_step(sum, memory, stage, log2_scale, bias, [](int, int) { return true; });
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float grad_bias = quad_sum(sum.bias[r]);
-    if (occupant[r] >= 0) leave(r, grad_bias);
+    gather_step(sum, memory, stage, log2_scale, [&](int, int r) { return occupants[8 * r].bias; });
   }
 }
 
@@ -148,8 +155,8 @@ cudaError_t bounded_backward_bank(const BoundedBackward& params, DType dtype, cu
     const int64_t segments = tile_bound(params.chunk_rows, params.sequences, segment_chunks(params));
     const dim3 grid(static_cast<unsigned>(segments * (params.slots / kSlotTile) * params.kv_heads));
     return params.streams == 2
-               ? launch(backward_bank_kernel<T, dim, 2>, grid, kThreads, keys_shared<dim, 2>(), stream, params)
-               : launch(backward_bank_kernel<T, dim, 1>, grid, kThreads, keys_shared<dim, 1>(), stream, params);
+               ? launch(backward_bank_kernel<T, dim, 2>, grid, kThreads, bank_shared<dim, 2>(), stream, params)
+               : launch(backward_bank_kernel<T, dim, 1>, grid, kThreads, bank_shared<dim, 1>(), stream, params);
   });
 }
 

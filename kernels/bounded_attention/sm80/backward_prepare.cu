@@ -6,31 +6,46 @@ namespace {
 constexpr int kPrepareThreads = 256;
 constexpr int kHeads = 8;  // heads turned at a time
 
-// to = from turned, for rows of D elements, eight planes a thread; at(i) is the first element of row i and angles(i) are its.
-template <int D, class T, class At, class Angles>
-__device__ inline void turn_rows(T* to, const T* from, int rows, bool interleaved, At at, Angles angles) {
-  constexpr int kUnits = D / 16;
-  for (int item = threadIdx.x; item < rows * kUnits; item += kPrepareThreads) {
-    const int unit = item % kUnits, row = item / kUnits;
-    const int64_t low = at(row) + (interleaved ? 16 * unit : 8 * unit), high = low + (interleaved ? 8 : D / 2);
-    const Angle<float>* angle = angles(row) + 8 * unit;
-    float a[kPacket], b[kPacket];
-    load_packet(a, from + low);
-    load_packet(b, from + high);
+// The 16 elements of eight planes of a row: where they begin, of planes 8 unit and following.
+template <int D>
+struct Planes {
+  int64_t low, high;
+  float a[kPacket], b[kPacket];
+
+  __device__ Planes(int64_t row, int unit, bool interleaved)
+      : low(row + (interleaved ? 16 : 8) * unit), high(low + (interleaved ? 8 : D / 2)) {}
+  template <class T>
+  __device__ void load(const void* from) {
+    load_packet(a, static_cast<const T*>(from) + low);
+    load_packet(b, static_cast<const T*>(from) + high);
+  }
+  // As `store` leaves them.
+  template <class T>
+  __device__ void round() {
+#pragma unroll
+    for (int i = 0; i < kPacket; ++i) {
+      a[i] = widen(narrow<T>(a[i]));
+      b[i] = widen(narrow<T>(b[i]));
+    }
+  }
+  template <class T>
+  __device__ void store(void* to) const {
+    store_packet(static_cast<T*>(to) + low, a);
+    store_packet(static_cast<T*>(to) + high, b);
+  }
+  __device__ void turn(const Angle<float>* by, bool interleaved) {
     if (interleaved) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        turn_pair(a[2 * i], a[2 * i + 1], angle[i]);
-        turn_pair(b[2 * i], b[2 * i + 1], angle[4 + i]);
+        turn_pair(a[2 * i], a[2 * i + 1], by[i]);
+        turn_pair(b[2 * i], b[2 * i + 1], by[4 + i]);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) turn_pair(a[i], b[i], angle[i]);
+      for (int i = 0; i < 8; ++i) turn_pair(a[i], b[i], by[i]);
     }
-    store_packet(to + low, a);
-    store_packet(to + high, b);
   }
-}
+};
 
 // What every later kernel reads, for one snapshot and KV head: its slots, its queries turned, its rows' scalars; and zeros for the
 // gradients of the sources that enter the exact bank with it.
@@ -52,6 +67,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
   if (chunk >= view.chunks) return;
   const int64_t snapshot = view.snapshot(chunk);
 
+  const float scale = static_cast<float>(p.scale);
   if (threadIdx.x == 0) used = 0;
   __syncthreads();
   const int32_t* index = p.index + (row * p.gate_groups + (p.gate_groups == 1 ? 0 : kv_head)) * p.exact_slots;
@@ -64,11 +80,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
       if (slot < p.exact_slots) {
         const int source = index[slot];
         if (source >= 0) {
-          is = {source, view.biased_by_gate(slot) ? log_sigmoid(view.gate(source)) * kLog2E : 0.0f};
+          is = {source, view.biased_by_gate(slot) ? log_sigmoid(view.gate(source)) / scale : 0.0f};
           if (chunk == 0 || index[slot - p.gate_groups * p.exact_slots] != source) entering = source;
         }
       } else if (slot < p.exact_slots + p.summary_slots && mass[slot] > 0.0f) {
-        is = {kSummary, p.mass_bias ? logf(mass[slot]) * kLog2E : 0.0f};
+        is = {kSummary, p.mass_bias ? logf(mass[slot]) / scale : 0.0f};
       }
       p.bank[snapshot * p.slots + slot] = is;
       if (is.source != kFree) atomicMax(&used, slot + 1);
@@ -106,7 +122,9 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
   const auto* delta = static_cast<const float*>(p.delta);
   for (int r = threadIdx.x; r < rows; r += kPrepareThreads) {
     const int64_t at = view.query_row(token * group + r), second = at + (p.streams - 1) * p.tokens * p.heads;
-    p.scalars[at] = {{lse[at] * kLog2E, lse[second] * kLog2E}, {delta[at], delta[second]}};
+    const int64_t to = view.scalar_row(token * group + r);
+    p.scalars[to] = {{lse[at] * kLog2E, lse[second] * kLog2E}, {delta[at], delta[second]}};
+    if (p.streams == 2) p.row_lam[to] = static_cast<const float*>(p.lam)[at];
   }
 
   const bool turned = p.has_bank_distance && p.slots > 0;
@@ -115,25 +133,51 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
     bank_angles[threadIdx.x] = rope_angle<float>(p.bank_distance - start, p.inv_freq[threadIdx.x]);
     if (kv_head == 0) p.bank_angles[row * kPlanes + threadIdx.x] = bank_angles[threadIdx.x];
   }
-  const auto* q = static_cast<const T*>(p.q);
+  // Where both turns pair the same dimensions a thread goes from one to the other.
+  const bool both = turned && p.streams == 2, together = both && p.rope_interleaved == p.theta_interleaved;
   for (int head0 = 0; head0 < group; head0 += kHeads) {
     const int heads = min(kHeads, group - head0);
-    const auto at = [&](int r) { return view.query_row((token + r / heads) * group + head0 + r % heads) * D; };
     if (p.streams == 2) {
       const auto* theta = static_cast<const float*>(p.theta) + (kv_head * group + head0) * kPlanes;
       for (int i = threadIdx.x; i < heads * kPlanes; i += kPrepareThreads) theta_angles[i] = angle_of(theta[i]);
     }
     __syncthreads();
+    constexpr int kUnits = D / 16;
+    const auto for_planes = [&](bool interleaved, auto visit) {
+      for (int item = threadIdx.x; item < count * heads * kUnits; item += kPrepareThreads) {
+        const int unit = item % kUnits, r = item / kUnits;
+        Planes<D> planes(view.query_row((token + r / heads) * group + head0 + r % heads) * D, unit, interleaved);
+        visit(planes, bank_angles + 8 * unit, theta_angles + r % heads * kPlanes + 8 * unit);
+      }
+    };
+    const bool theta_pairs = p.theta_interleaved, rope_pairs = p.rope_interleaved;
     if (turned) {
-      turn_rows<D>(static_cast<T*>(p.bank_q), q, count * heads, p.rope_interleaved, at, [&](int) { return bank_angles; });
+      for_planes(rope_pairs, [&](auto& x, const auto* bank, const auto* theta) {
+        x.template load<T>(p.q);
+        x.turn(bank, rope_pairs);
+        x.template store<T>(p.bank_q);
+        if (!together) return;
+        x.template round<T>();
+        x.turn(theta, theta_pairs);
+        x.template store<T>(p.bank_q2);
+      });
     }
-    const auto of_head = [&](int r) { return theta_angles + r % heads * kPlanes; };
-    if (p.streams == 2) turn_rows<D>(static_cast<T*>(p.q2), q, count * heads, p.theta_interleaved, at, of_head);
-    __syncthreads();
-    if (turned && p.streams == 2) {
-      turn_rows<D>(static_cast<T*>(p.bank_q2), static_cast<const T*>(p.bank_q), count * heads, p.theta_interleaved, at, of_head);
+    if (p.streams == 2) {
+      for_planes(theta_pairs, [&](auto& x, const auto*, const auto* theta) {
+        x.template load<T>(p.q);
+        x.turn(theta, theta_pairs);
+        x.template store<T>(p.q2);
+      });
     }
     __syncthreads();
+    if (both && !together) {
+      for_planes(theta_pairs, [&](auto& x, const auto*, const auto* theta) {
+        x.template load<T>(p.bank_q);
+        x.turn(theta, theta_pairs);
+        x.template store<T>(p.bank_q2);
+      });
+      __syncthreads();
+    }
   }
 }
 

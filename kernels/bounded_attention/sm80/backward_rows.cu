@@ -72,7 +72,7 @@ __device__ inline void turn_back(float (&x)[D / 8][4], const Angle<float>* angle
 template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackward p) {
   constexpr int kBlock = query_block_rows(Streams), kGrads = 3 - Streams, kStage = 2 * kStepKeys * D;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(256) unsigned char shared[];
   T* queries = reinterpret_cast<T*>(shared);
   T* grads = queries + 2 * kRows * D;
   T* stages = grads + kBlock * D;
@@ -97,26 +97,40 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
   const bool turned = p.has_bank_distance && bank_steps > 0;
   const BankSlot* bank = p.bank + view.snapshot(chunk) * p.slots;
 
+  constexpr int kRowsAtOnce = RowWalk<D>::kRowsAtOnce;
+  const int thread_row = threadIdx.x / (D / 8), thread_at = threadIdx.x % (D / 8) * 8;
   const auto load_step = [&](int step) {
-    T* stage = stages + step % 2 * kStage;
-    for_packets<D, kStepKeys>([&](int row, int packet) {
+    T* to = stages + step % 2 * kStage + place<D>(thread_row, threadIdx.x % (D / 8));
+    const int key0 = (step - bank_steps) * kStepKeys;
+    if (step >= bank_steps && oldest + key0 >= 0) {
+      int64_t at = view.token_row(oldest + key0 + thread_row) * D + thread_at;
+#pragma unroll
+      for (int i = 0; i < kStepKeys / kRowsAtOnce; ++i) {
+        const bool real = key0 + thread_row + i * kRowsAtOnce < seen;
+        copy_packet(to + i * kRowsAtOnce * D, static_cast<const T*>(p.k) + at, real);
+        copy_packet(to + (kStepKeys + i * kRowsAtOnce) * D, static_cast<const T*>(p.v) + at, real);
+        at += p.kv_heads * kRowsAtOnce * D;
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int row = thread_row; row < kStepKeys; row += kRowsAtOnce, to += kRowsAtOnce * D) {
       const T *key, *value;
       if (step < bank_steps) {
         const int slot = step * kStepKeys + row, source = slots[step % 3 * kStepKeys + row].source;
         key = view.bank_row<D, T>(p.state_kbar, p.kbar, p.rounded_k, chunk, slot, source);
         value = view.bank_row<D, T>(p.state_v, p.v, p.rounded_v, chunk, slot, source);
       } else {
-        const int j = (step - bank_steps) * kStepKeys + row, token = oldest + j;
-        int slot = oldest_slot + j;
+        const int token = oldest + key0 + row;
+        int slot = oldest_slot + key0 + row;
         if (slot >= p.window) slot -= p.window;
         const int64_t at = (token < 0 ? view.state_row(slot) : view.token_row(token)) * D;
-        key = j < seen ? static_cast<const T*>(token < 0 ? p.state_k : p.k) + at : nullptr;
+        key = key0 + row < seen ? static_cast<const T*>(token < 0 ? p.state_k : p.k) + at : nullptr;
         value = static_cast<const T*>(token < 0 ? p.state_v : p.v) + at;
       }
-      T* to = stage + place<D>(row, packet);
-      copy_packet(to, key ? key + packet * 8 : p.q, key);
-      copy_packet(to + kStepKeys * D, key ? value + packet * 8 : p.q, key);
-    });
+      copy_packet(to, key ? key + thread_at : p.q, key);
+      copy_packet(to + kStepKeys * D, key ? value + thread_at : p.q, key);
+    }
   };
   const auto load_queries = [&](const void* first, const void* second) {
     for_packets<D, kBlock>([&](int row, int packet) {
@@ -149,9 +163,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
       const bool real = row_of(m, r) < rows;
       const int row = row0 + (real ? row_of(m, r) : 0);
       visible[m][r] = row / view.group - oldest + 1;
-      const RowScalars scalars = real ? p.scalars[view.query_row(row)] : RowScalars{};
+      const RowScalars scalars = real ? p.scalars[view.scalar_row(row)] : RowScalars{};
       if (Streams == 2) {
-        lam[r] = real ? static_cast<const float*>(p.lam)[view.query_row(row)] : 0.0f;
+        lam[r] = real ? p.row_lam[view.scalar_row(row)] : 0.0f;
         shift[1][r] = scalars.shift[1];
         delta[1][r] = scalars.delta[1];
       }
@@ -175,33 +189,34 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
       }
       commit_copies();
       const T* keys = stages + step % 2 * kStage;
-      float s[2][kStepKeys / 8][4] = {}, dp[kGrads][kStepKeys / 8][4] = {};
-      multiply_rows<D>(s, lines, kRows * D, keys);
-      multiply_rows<D>(dp, grads + first * D, kRows * D, keys + kStepKeys * D);
-      const int key0 = (step - bank_steps) * kStepKeys + lane_id() % 4 * 2;  // of the window
+      // Logits start from the biases, and from -inf where the row does not see the key.
+      float s[2][kStepKeys / 8][4], dp[kGrads][kStepKeys / 8][4] = {};
       const BankSlot* biases = slots + (step < bank_steps ? step % 3 : 3) * kStepKeys + lane_id() % 4 * 2;
-      const bool hides = (step - bank_steps + 1) * kStepKeys > fewest;
 #pragma unroll
-      for (int n = 0; n < kStepKeys / 8; ++n) {
-        const float bias[2] = {biases[8 * n].bias, biases[8 * n + 1].bias};
+      for (int i = 0; i < kStepKeys; ++i) s[i / 16][i % 16 / 4][i % 4] = biases[i % 16 / 4 * 8 + i % 2].bias;
+      const int key0 = (step - bank_steps) * kStepKeys;  // of the window
+      if (key0 + kStepKeys > fewest) {
+        const int column = key0 + lane_id() % 4 * 2;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int r = e / 2;
-            float& x = s[m][n][e];
-            x = exp2_approximate(fmaf(x, log2_scale, bias[e % 2] - shift[m][r])) * (dp[m % kGrads][n][e] - delta[m][r]);
-            if (Streams == 2 && m == 1) x *= -lam[r];
-            if (hides && key0 + 8 * n + e % 2 >= visible[m % kGrads][r]) x = 0.0f;
-          }
+        for (int i = 0; i < kStepKeys; ++i) {
+          if (column + i % 16 / 4 * 8 + i % 2 >= visible[i / 16 % kGrads][i % 4 / 2]) s[i / 16][i % 16 / 4][i % 4] = neg_inf<float>();
         }
       }
-      multiply_columns<D>(grad_q, s, keys);
+      multiply_rows_at<D>(s, lines, kRows * D, keys);
+      multiply_rows_at<D>(dp, grads + first * D, kRows * D, keys + kStepKeys * D);
+#pragma unroll
+      for (int i = 0; i < kStepKeys; ++i) {
+        const int m = i / 16, n = i % 16 / 4, e = i % 4, r = e / 2;
+        float& x = s[m][n][e];
+        x = exp2_approximate(fmaf(x, log2_scale, -shift[m][r])) * (dp[m % kGrads][n][e] - delta[m][r]);
+        if (Streams == 2 && m == 1) x *= -lam[r];
+      }
+      multiply_columns_at<D>(grad_q, s, keys);
     }
 
-    // Ends the span: both streams' gradients back to q.
+    // Ends the span: gradients back to q. The second stream's may wait until the end where the two turns commute.
     __syncthreads();
-    if constexpr (Streams == 2) {
+    if (Streams == 2 && (span == 1 || p.theta_interleaved != p.rope_interleaved)) {
       auto* shares = reinterpret_cast<float*>(stages + (step - 1) % 2 * kStage);
       const Angle<float>* angles[2];
 #pragma unroll
@@ -233,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
       commit_copies();
       const Angle<float>* angles = p.bank_angles + chunk_row * (D / 2);
 #pragma unroll
-      for (int m = 0; m < kGrads; ++m) {
+      for (int m = 0; m < 2; ++m) {
         if (p.rope_interleaved) {
           turn_back<D, true>(grad_q[m], angles);
         } else {

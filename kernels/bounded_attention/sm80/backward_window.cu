@@ -8,7 +8,7 @@ namespace {
 // tokens in the order of their positions.
 template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBackward p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(256) unsigned char shared[];
   const KeysMemory<T, D, Streams> memory(shared);
   const int held = p.window + p.exact_slots;
   const auto where = find_tile(p.sequences, blockIdx.x / p.kv_heads, kKeys, [&](int64_t n) { return p.cu_seqlens[n] + n * held; });
@@ -49,7 +49,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBac
     copy_packet(to, static_cast<const T*>(real && carried(item) ? p.state_k : p.k) + at, real);
     copy_packet(to + kKeys * D, static_cast<const T*>(real && carried(item) ? p.state_v : p.v) + at, real);
   });
-  if (row < end) memory.load_step(0, view, p.q, p.q2, row, end);
+  RowWalk<D> walk;
+  walk.seek(view, row);
+  if (row < end) memory.load_step(0, view, walk, p.q, p.q2, row, end);
   commit_copies();
 
   // Before the accumulators take the registers.
@@ -70,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBac
     begin[r] = real ? rows_begin(token) : 0;
     span[r] = real ? max(rows_end(token) - begin[r], 0) : 0;
   }
+  // Whether any row of a step sees the lane's r-th key.
   const auto sees = [&](int r, int from) { return from + kStep > begin[r] && from < begin[r] + static_cast<int>(span[r]); };
   const float scale = static_cast<float>(p.scale), log2_scale = scale * kLog2E;
   KeyGradients<D> sum;
@@ -78,11 +81,11 @@ __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBac
   for (int stage = 0; row < end; row += kStep, stage ^= 1) {
     wait_copies<0>();
     __syncthreads();
-    if (row + kStep < end) memory.load_step(stage ^ 1, view, p.q, p.q2, row + kStep, end);
+    if (row + kStep < end) memory.load_step(stage ^ 1, view, walk, p.q, p.q2, row + kStep, end);
     commit_copies();
+    const auto seen = [&](int at, int r) { return static_cast<unsigned>(row + at - begin[r]) < span[r]; };
     if (!__any_sync(kAllLanes, sees(0, row) || sees(1, row))) continue;
-    gather_step(sum, memory, stage, log2_scale, {0.0f, 0.0f},
-                [&](int at, int r) { return static_cast<unsigned>(row + at - begin[r]) < span[r]; });
+    gather_step(sum, memory, stage, log2_scale, [&](int at, int r) { return seen(at, r) ? 0.0f : neg_inf<float>(); });
   }
   wait_copies<0>();
   __syncthreads();

@@ -36,22 +36,28 @@ struct KeysMemory {
     scalars = reinterpret_cast<StepScalars*>(stages + 2 * kStage);
   }
 
-  // Brings rows [row, row + kStep); zeros from `end` on.
-  __device__ void load_step(int stage, const HeadView& view, const void* q, const void* q2, int row, int end) const {
+  // Brings rows [row, row + kStep), at which `walk` stands; zeros from `end` on.
+  __device__ void load_step(int stage, const HeadView& view, RowWalk<D>& walk, const void* q, const void* q2, int row,
+                            int end) const {
     const auto& p = view.p;
-    for_packets<D, kStep>([&](int r, int packet) {
-      const bool real = row + r < end;
-      const int64_t at = view.query_row(real ? row + r : row) * D + packet * 8;
-      T* to = stages + stage * kStage + place<D>(r, packet);
+    const int64_t base = view.query_row(0) * D;
+    const int thread_row = threadIdx.x / walk.kPackets;
+    T* to = stages + stage * kStage + place<D>(thread_row, threadIdx.x % walk.kPackets);
+#pragma unroll
+    for (int i = 0; i < kStep / walk.kRowsAtOnce; ++i) {
+      const bool real = row + i * walk.kRowsAtOnce + thread_row < end;
+      const int64_t at = base + static_cast<int64_t>(walk.at) * 8;
       copy_packet(to, static_cast<const T*>(q) + at, real);
       if (Streams == 2) copy_packet(to + kStep * D, static_cast<const T*>(q2) + at, real);
       copy_packet(to + Streams * kStep * D, static_cast<const T*>(p.grad_diff) + at, real);
-    });
+      to += walk.kRowsAtOnce * D;
+      walk.next(view);
+    }
     if (threadIdx.x < kStep) {
       const bool real = row + threadIdx.x < end;
-      const int64_t at = view.query_row(real ? row + threadIdx.x : row);
+      const int64_t at = view.scalar_row(row) + threadIdx.x;
       copy_packet(scalars[stage].rows + threadIdx.x, p.scalars + at, real);
-      if (Streams == 2) copy_word(scalars[stage].lam + threadIdx.x, static_cast<const float*>(p.lam) + at, real);
+      if (Streams == 2) copy_word(scalars[stage].lam + threadIdx.x, p.row_lam + at, real);
     }
   }
 };
@@ -71,17 +77,23 @@ struct KeyGradients {
   }
 };
 
-// One step of rows. bias[r] is that of the lane's r-th key, in units of log 2; visible(row, r) tells whether that key is seen by
-// a row of the step.
-template <int Streams, class T, int D, class Visible>
+// One step of rows. Logits start from start(row, r), for a row of the step and the lane's r-th key: a bias over the scale, -inf
+// where the key is not seen.
+template <int Streams, class T, int D, class Start>
 __device__ inline void gather_step(KeyGradients<D>& sum, const KeysMemory<T, D, Streams>& memory, int stage, float log2_scale,
-                                   const float (&bias)[2], Visible visible) {
+                                   Start start) {
   const T* queries = memory.stages + stage * memory.kStage;
   const T* grads = queries + Streams * kStep * D;
   const StepScalars& scalars = memory.scalars[stage];
-  float s[1][Streams * kStep / 8][4] = {}, dp[1][kStep / 8][4] = {};
-  multiply_rows<D>(s, memory.keys, 0, queries);
-  multiply_rows<D>(dp, memory.values, 0, grads);
+  float s[1][Streams * kStep / 8][4], dp[1][kStep / 8][4] = {};
+#pragma unroll
+  for (int i = 0; i < kStep / 2; ++i) {
+    const int n = i / 4, e = i % 4;
+    s[0][n][e] = start(8 * n + lane_id() % 4 * 2 + e % 2, e / 2);
+    if (Streams == 2) s[0][n + kStep / 8 * (Streams - 1)][e] = s[0][n][e];
+  }
+  multiply_rows_at<D>(s, memory.keys, 0, queries);
+  multiply_rows_at<D>(dp, memory.values, 0, grads);
   // s becomes the gradient of the logits, and dp the weights that the values had in the output.
 #pragma unroll
   for (int i = 0; i < kStep / 4; ++i) {
@@ -91,23 +103,21 @@ __device__ inline void gather_step(KeyGradients<D>& sum, const KeysMemory<T, D, 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int e = 2 * r + c;
-      const bool seen = visible(row, r);
       float weights = 0.0f;
 #pragma unroll
       for (int stream = 0; stream < Streams; ++stream) {
         float& x = s[0][n + stream * (kStep / 8)][e];
-        float weight = exp2_approximate(fmaf(x, log2_scale, bias[r] - of.shift[stream]));
+        float weight = exp2_approximate(fmaf(x, log2_scale, -of.shift[stream]));
         if (stream == 1) weight *= -lam;
-        if (!seen) weight = 0.0f;
-        weights += weight;
+        weights = stream == 0 ? weight : weights + weight;
         x = weight * (dp[0][n][e] - of.delta[stream]);
         sum.bias[r] += x;
       }
       dp[0][n][e] = weights;
     }
   }
-  multiply_columns<D>(sum.v, dp, grads);
-  multiply_columns<D>(sum.k, s, queries);
+  multiply_columns_at<D>(sum.v, dp, grads);
+  multiply_columns_at<D>(sum.k, s, queries);
 }
 
 }  // namespace coda::kernels::sm80

@@ -1,4 +1,7 @@
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContext.h>
 #include <kernels/bounded_attention/launch.h>
+#include <kernels/diff_attention/path.h>
 #include <torch/library.h>
 
 #include "../memory_args.h"
@@ -6,6 +9,33 @@
 
 namespace coda::cuda {
 namespace {
+
+// Contiguous, from a multiple of 16 bytes on.
+at::Tensor aligned(const at::Tensor& t) {
+  const auto packed = t.contiguous();
+  return reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0 ? packed : packed.clone();
+}
+
+State aligned(State state) {
+  state.k = aligned(state.k);
+  state.v = aligned(state.v);
+  return state;
+}
+
+// What the backward is made of.
+struct Backward {
+  decltype(&kernels::portable::bounded_attention_backward_needs) needs;
+  decltype(&kernels::portable::bounded_attention_backward) run;
+};
+Backward backward_of(const at::Tensor& q, double scale) {
+  const auto* device = at::cuda::getDeviceProperties(q.device().index());
+  const auto best = kernels::diff_attention_path(10 * device->major + device->minor, dtype_of(q),
+                                                 static_cast<int>(q.size(-1)), scale);
+  if (best.path == kernels::Path::kPortable) {
+    return {kernels::portable::bounded_attention_backward_needs, kernels::portable::bounded_attention_backward};
+  }
+  return {kernels::sm80::bounded_attention_backward_needs, kernels::sm80::bounded_attention_backward};
+}
 
 // The arguments in the form that kernels take; keeps the tensors alive.
 struct Problem {
@@ -19,10 +49,10 @@ struct Problem {
           const at::Tensor& cu_seqlens_, at::TensorList state_, const at::Tensor& index_, const at::Tensor& summary_k_,
           const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
           const MemoryOptions& memory, const AttentionOptions& attention)
-      : q(q_.contiguous()), k(k_.contiguous()), v(v_.contiguous()), lam(widened(lam_, q_)), theta(widened(theta_, q_)),
+      : q(aligned(q_)), k(aligned(k_)), v(aligned(v_)), lam(widened(lam_, q_)), theta(widened(theta_, q_)),
         norm_weight(widened(norm_weight_, q_)), gate(gate_.contiguous()), cu_seqlens(int64(cu_seqlens_)),
         index(index_.contiguous()), summary_k(summary_k_.contiguous()), summary_v(summary_v_.contiguous()),
-        summary_mass(summary_mass_.contiguous()), inv_freq(inv_freq_.contiguous()), state(contiguous_state(state_)),
+        summary_mass(summary_mass_.contiguous()), inv_freq(inv_freq_.contiguous()), state(aligned(contiguous_state(state_))),
         turned(bank_keys(k, state, cu_seqlens, inv_freq, memory)) {
     auto& p = params;
     p.sequences = state.k.size(0);
@@ -102,8 +132,10 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
                         inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
   const auto out = output_gradient(grad_y.contiguous(), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
                                    problem.norm_weight, norm_eps);
-  const auto lse = lse_.contiguous();
+  const auto lse = lse_.contiguous(), grad_diff = aligned(out.grad_diff);
   const auto dtype = dtype_of(q);
+  const auto path = backward_of(q, problem.params.scale);
+  const auto needs = path.needs(problem.params, dtype);
   const auto options = wide(q);
   const auto& held = problem.state;
   auto p = with_outputs<kernels::BoundedAttentionBackward>(problem.params);
@@ -112,18 +144,14 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
              grad_state_v = at::empty(held.v.sizes(), v.options());
   const auto grad_summary_k = at::zeros(summary_k.sizes(), options), grad_summary_v = at::zeros(summary_v.sizes(), options);
   const auto theta_partial =
-      theta ? at::zeros({kernels::bounded_attention_backward_row_blocks(p, dtype), p.heads, p.dim / 2}, options)
-            : at::empty({0}, options);
+      theta ? at::zeros({needs.theta_shares, p.heads, p.dim / 2}, options) : at::empty({0}, options);
   const auto gate_partial = at::zeros({p.tokens, p.kv_heads}, options);
   const auto state_gate_partial = at::zeros({p.sequences, p.kv_heads, held.k.size(2)}, options);
   const auto mass_partial = at::zeros({p.chunk_rows, p.kv_heads, p.summary_slots}, options);
-  const auto scratch = [&](const at::Tensor& like) {
-    return p.exact_slots > 0 ? at::zeros(like.sizes(), options) : at::empty({0}, options);
-  };
-  const auto bank_grad_k = scratch(k), bank_grad_v = scratch(v), state_bank_grad_k = scratch(held.k),
-             state_bank_grad_v = scratch(held.v);
+  const auto scratch = workspace(needs.workspace_bytes, q);
+  const auto& context = at::globalContext();
   p.lse = read(lse);
-  p.grad_diff = read(out.grad_diff);
+  p.grad_diff = read(grad_diff);
   p.delta = read(out.delta);
   p.grad_q = data(grad_q);
   p.grad_k = data(grad_k);
@@ -136,11 +164,9 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   p.gate_partial = data(gate_partial);
   p.state_gate_partial = data(state_gate_partial);
   p.mass_partial = data(mass_partial);
-  p.bank_grad_k = data(bank_grad_k);
-  p.bank_grad_v = data(bank_grad_v);
-  p.state_bank_grad_k = data(state_bank_grad_k);
-  p.state_bank_grad_v = data(state_bank_grad_v);
-  C10_CUDA_CHECK(kernels::bounded_attention_backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
+  p.workspace = data(scratch);
+  p.deterministic = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
+  C10_CUDA_CHECK(path.run(p, dtype, c10::cuda::getCurrentCUDAStream()));
   const bool shared = p.gate_groups < p.kv_heads;
   return {grad_q,
           grad_k,
