@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../common/backward_needs.h"
 #include "../common/dtype.h"
 #include "params.h"
 
@@ -9,8 +10,16 @@ namespace coda::kernels {
 
 cudaError_t bounded_attention_forward(const BoundedAttentionForward& params, DType dtype, cudaStream_t stream);
 
-// The first dimension of theta_partial.
-int64_t bounded_attention_backward_row_blocks(const BoundedAttentionParams& params, DType dtype);
+// Any dtype and any even D up to 256.
+namespace portable {
+BackwardNeeds bounded_attention_backward_needs(const BoundedAttentionParams& params, DType dtype);
 cudaError_t bounded_attention_backward(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream);
+}  // namespace portable
+
+// bfloat16 and float16, D 64 and 128, a positive scale. All tensors begin at multiples of 16 bytes.
+namespace sm80 {
+BackwardNeeds bounded_attention_backward_needs(const BoundedAttentionParams& params, DType dtype);
+cudaError_t bounded_attention_backward(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream);
+}  // namespace sm80
 
 }  // namespace coda::kernels

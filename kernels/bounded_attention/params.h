@@ -56,15 +56,12 @@ struct BoundedAttentionBackward : BoundedAttentionParams {
   void* grad_state_v;     // out (N, Hkv, W + Me, D)
   void* grad_summary_k;   // out (NC, Hkv, Ms, D) A, zero before
   void* grad_summary_v;   // out (NC, Hkv, Ms, D) A, zero before
-  void* theta_partial;    // out (backward row blocks, H, D/2) A, zero before: sums to grad_theta; null with one stream
+  void* theta_partial;    // out (theta_shares, H, D/2) A, zero before: sums to grad_theta; null with one stream
   void* gate_partial;     // out (T, Hkv) A, zero before: gate gradient of each KV head
   void* state_gate_partial;  // out (N, Hkv, W + Me) A, zero before, likewise
   void* mass_partial;        // out (NC, Hkv, Ms) A, zero before, likewise
-  // Scratch: gradients of keys and values as the exact banks hold them; zero before.
-  void* bank_grad_k;        // (T, Hkv, D) A
-  void* bank_grad_v;        // (T, Hkv, D) A
-  void* state_bank_grad_k;  // (N, Hkv, W + Me, D) A
-  void* state_bank_grad_v;  // (N, Hkv, W + Me, D) A
+  void* workspace;           // workspace_bytes, uninitialised
+  bool deterministic;        // every sum in one order, where a path is faster without
 };
 
 }  // namespace coda::kernels

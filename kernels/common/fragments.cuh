@@ -76,17 +76,21 @@ __device__ inline uint32_t shared_address(const void* p) { return static_cast<ui
 
 // Four 8x8 tiles of 16-bit elements; lane l brings the address of row l % 8 of tile l / 8. A lane gets, of each, row lane / 4,
 // columns 2 (lane % 4) and the next; transposed, column lane / 4 and those rows.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices_at(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices_transposed_at(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices_at(r, shared_address(row)); }
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  load_matrices_transposed_at(r, shared_address(row));
 }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

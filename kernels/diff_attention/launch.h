@@ -2,19 +2,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstddef>
-
+#include "../common/backward_needs.h"
 #include "../common/dtype.h"
 #include "params.h"
 
 // One namespace per path (../common/path.h), each with the same functions.
 namespace coda::kernels {
-
-// What a backward needs besides its outputs.
-struct BackwardNeeds {
-  int64_t theta_shares;    // first dimension of theta_partial
-  size_t workspace_bytes;
-};
 
 // Any dtype and any even D up to 256. q, k and v are contiguous.
 namespace portable {

@@ -15,15 +15,21 @@ constexpr const char* kPathVariable = "CODA_BOUNDED_ATTENTION_PATH";
 
 // What a path is made of.
 struct Kernels {
-  decltype(&kernels::bounded_attention_forward) forward;
-  decltype(&kernels::bounded_attention_backward_row_blocks) row_blocks;
-  decltype(&kernels::bounded_attention_backward) backward;
+  decltype(&kernels::portable::bounded_attention_forward) forward;
+  decltype(&kernels::portable::bounded_attention_backward_needs) needs;
+  decltype(&kernels::portable::bounded_attention_backward) backward;
 };
 Kernels kernels_of(Path path) {
   switch (path) {
+    case Path::kSm90:
+      return {kernels::sm90::bounded_attention_forward, kernels::sm80::bounded_attention_backward_needs,
+              kernels::sm80::bounded_attention_backward};
+    case Path::kSm80:
+      return {kernels::portable::bounded_attention_forward, kernels::sm80::bounded_attention_backward_needs,
+              kernels::sm80::bounded_attention_backward};
     default:
-      return {kernels::bounded_attention_forward, kernels::bounded_attention_backward_row_blocks,
-              kernels::bounded_attention_backward};
+      return {kernels::portable::bounded_attention_forward, kernels::portable::bounded_attention_backward_needs,
+              kernels::portable::bounded_attention_backward};
   }
 }
 
@@ -138,28 +144,25 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
                         inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
   const auto out = output_gradient(aligned(grad_y), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
                                    problem.norm_weight, norm_eps);
-  const auto lse = lse_.contiguous();
+  const auto lse = lse_.contiguous(), grad_diff = aligned(out.grad_diff);
   const auto dtype = dtype_of(q);
+  const auto path = kernels_of(problem.path);
+  const auto needs = path.needs(problem.params, dtype);
   const auto options = wide(q);
   const auto& held = problem.state;
-  const auto path = kernels_of(problem.path);
   auto p = with_outputs<kernels::BoundedAttentionBackward>(problem.params);
   const auto grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
              grad_v = at::empty(v.sizes(), v.options()), grad_state_k = at::empty(held.k.sizes(), k.options()),
              grad_state_v = at::empty(held.v.sizes(), v.options());
   const auto grad_summary_k = at::zeros(summary_k.sizes(), options), grad_summary_v = at::zeros(summary_v.sizes(), options);
   const auto theta_partial =
-      theta ? at::zeros({path.row_blocks(p, dtype), p.heads, p.dim / 2}, options) : at::empty({0}, options);
+      theta ? at::zeros({needs.theta_shares, p.heads, p.dim / 2}, options) : at::empty({0}, options);
   const auto gate_partial = at::zeros({p.tokens, p.kv_heads}, options);
   const auto state_gate_partial = at::zeros({p.sequences, p.kv_heads, held.k.size(2)}, options);
   const auto mass_partial = at::zeros({p.chunk_rows, p.kv_heads, p.summary_slots}, options);
-  const auto scratch = [&](const at::Tensor& like) {
-    return p.exact_slots > 0 ? at::zeros(like.sizes(), options) : at::empty({0}, options);
-  };
-  const auto bank_grad_k = scratch(k), bank_grad_v = scratch(v), state_bank_grad_k = scratch(held.k),
-             state_bank_grad_v = scratch(held.v);
+  const auto scratch = workspace(needs.workspace_bytes, q);
   p.lse = read(lse);
-  p.grad_diff = read(out.grad_diff);
+  p.grad_diff = read(grad_diff);
   p.delta = read(out.delta);
   p.grad_q = data(grad_q);
   p.grad_k = data(grad_k);
@@ -172,10 +175,8 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   p.gate_partial = data(gate_partial);
   p.state_gate_partial = data(state_gate_partial);
   p.mass_partial = data(mass_partial);
-  p.bank_grad_k = data(bank_grad_k);
-  p.bank_grad_v = data(bank_grad_v);
-  p.state_bank_grad_k = data(state_bank_grad_k);
-  p.state_bank_grad_v = data(state_bank_grad_v);
+  p.workspace = data(scratch);
+  p.deterministic = asks_for_determinism();
   C10_CUDA_CHECK(path.backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
   const bool shared = p.gate_groups < p.kv_heads;
   return {grad_q,

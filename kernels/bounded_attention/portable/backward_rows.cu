@@ -1,14 +1,14 @@
-#include "../common/attention_rows.cuh"
-#include "../common/launch.cuh"
+#include "../../common/attention_rows.cuh"
+#include "../../common/launch.cuh"
 #include "backward.h"
-#include "chunk_view.cuh"
+#include "../chunk_view.cuh"
 
-namespace coda::kernels {
+namespace coda::kernels::portable {
 namespace {
 
 // grad_q and the shares of grad_theta.
 template <class T>
-__global__ void __launch_bounds__(8 * kWarp) backward_rows_kernel(BoundedAttentionBackward p) {
+__global__ void __launch_bounds__(8 * kWarp) backward_rows_kernel(BoundedBackward p) {
   using A = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int dim = p.dim, stride = row_stride<A>(dim);
@@ -111,20 +111,20 @@ int row_warps(int dim) {
 
 }  // namespace
 
-int64_t bounded_attention_backward_row_blocks(const BoundedAttentionParams& params, DType dtype) {
+int64_t bounded_backward_row_blocks(const BoundedAttentionParams& params, DType dtype) {
   const int warps = dtype == DType::kFloat64 ? row_warps<double>(params.dim) : row_warps<float>(params.dim);
   return params.chunk_rows * tiles_per_chunk(params, warps * rows_per_warp(params.streams));
 }
 
-cudaError_t bounded_attention_backward_rows(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream) {
+cudaError_t bounded_backward_rows(const BoundedBackward& params, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const int warps = row_warps<A>(params.dim);
-    const int64_t blocks = bounded_attention_backward_row_blocks(params, dtype);
+    const int64_t blocks = bounded_backward_row_blocks(params, dtype);
     return launch(backward_rows_kernel<T>, dim3(static_cast<unsigned>(blocks), params.kv_heads), warps * kWarp,
                   fixed_bytes<A>(params.dim) + row_bytes<A>(params.dim, warps * 2 * kLines), stream, params);
   });
 }
 
-}  // namespace coda::kernels
+}  // namespace coda::kernels::portable

@@ -1,9 +1,9 @@
-#include "../common/attention_keys.cuh"
-#include "../common/launch.cuh"
+#include "../../common/attention_keys.cuh"
+#include "../../common/launch.cuh"
 #include "backward.h"
-#include "chunk_view.cuh"
+#include "../chunk_view.cuh"
 
-namespace coda::kernels {
+namespace coda::kernels::portable {
 namespace {
 
 // Shared memory of a block whose warps own kKeys slots each.
@@ -40,7 +40,7 @@ size_t shared_bytes(int dim) {
 // One chunk's queries against the slots in the block's lines. bias[l] is -inf for a slot to skip.
 template <class T>
 __device__ inline void gather_chunk(KeyState<acc_t<T>>& state, const Workspace<acc_t<T>>& work, const ChunkView<T>& chunk,
-                                    const BoundedAttentionBackward& p, const acc_t<T> (&bias)[kKeys]) {
+                                    const BoundedBackward& p, const acc_t<T> (&bias)[kKeys]) {
   using A = acc_t<T>;
   const int dim = p.dim, stride = row_stride<A>(dim);
   const int64_t size = p.tokens * p.heads;
@@ -74,7 +74,7 @@ __device__ inline void gather_chunk(KeyState<acc_t<T>>& state, const Workspace<a
 // A block owns kKeys exact slots per warp and walks the chunks of its sequence; a slot's gradient leaves the registers when its
 // occupant changes.
 template <class T>
-__global__ void __launch_bounds__(8 * kWarp) exact_slots_kernel(BoundedAttentionBackward p) {
+__global__ void __launch_bounds__(8 * kWarp) exact_slots_kernel(BoundedBackward p) {
   using A = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int dim = p.dim, stride = row_stride<A>(dim), block_slots = kKeys * warp_count();
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(8 * kWarp) exact_slots_kernel(BoundedAttention
 
 // Summary slots differ from chunk to chunk: a block owns kKeys slots per warp of one snapshot.
 template <class T>
-__global__ void __launch_bounds__(8 * kWarp) summary_slots_kernel(BoundedAttentionBackward p) {
+__global__ void __launch_bounds__(8 * kWarp) summary_slots_kernel(BoundedBackward p) {
   using A = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int dim = p.dim, stride = row_stride<A>(dim), block_slots = kKeys * warp_count();
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(8 * kWarp) summary_slots_kernel(BoundedAttenti
 
 }  // namespace
 
-cudaError_t bounded_attention_backward_bank(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream) {
+cudaError_t bounded_backward_bank(const BoundedBackward& params, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -184,4 +184,4 @@ cudaError_t bounded_attention_backward_bank(const BoundedAttentionBackward& para
   });
 }
 
-}  // namespace coda::kernels
+}  // namespace coda::kernels::portable

@@ -1,15 +1,15 @@
-#include "../common/attention_keys.cuh"
-#include "../common/launch.cuh"
+#include "../../common/attention_keys.cuh"
+#include "../../common/launch.cuh"
 #include "backward.h"
-#include "chunk_view.cuh"
+#include "../chunk_view.cuh"
 
-namespace coda::kernels {
+namespace coda::kernels::portable {
 namespace {
 
 // Gradients of every key and value of a sequence: those that the window's queries give, gathered as in dense attention, and those
 // that the bank kernel left, turned from position 0 to the key's own. A block owns kKeys flat sources per warp.
 template <class T>
-__global__ void __launch_bounds__(8 * kWarp) window_kernel(BoundedAttentionBackward p) {
+__global__ void __launch_bounds__(8 * kWarp) window_kernel(BoundedBackward p) {
   using A = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int dim = p.dim, stride = row_stride<A>(dim), block_keys = kKeys * warp_count();
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(8 * kWarp) window_kernel(BoundedAttentionBackw
 
 }  // namespace
 
-cudaError_t bounded_attention_backward_window(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream) {
+cudaError_t bounded_backward_window(const BoundedBackward& params, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -131,12 +131,4 @@ cudaError_t bounded_attention_backward_window(const BoundedAttentionBackward& pa
   });
 }
 
-cudaError_t bounded_attention_backward(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream) {
-  if (params.tokens > 0) {
-    if (const auto status = bounded_attention_backward_rows(params, dtype, stream); status != cudaSuccess) return status;
-    if (const auto status = bounded_attention_backward_bank(params, dtype, stream); status != cudaSuccess) return status;
-  }
-  return bounded_attention_backward_window(params, dtype, stream);
-}
-
-}  // namespace coda::kernels
+}  // namespace coda::kernels::portable
