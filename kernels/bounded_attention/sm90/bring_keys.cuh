@@ -5,7 +5,7 @@
 
 namespace coda::kernels::sm90::bounded {
 
-constexpr int kBringers = 2;  // warps for keys, and as many for values: each has half the rows of every tile
+constexpr int kBringers = 2;  // warps for keys, and as many for values; they share the rows of a tile, 32 at a time
 
 // One warp that brings rows of keys, or of values.
 template <class T, int D, int Streams>
@@ -17,27 +17,36 @@ struct BringKeys {
   Memory& shared;
   const bool values;
   const int part;  // of the tile
+  Place& item;
   hopper::RingPosition<Memory::kStages> at;
 
   __device__ BringKeys(const Arguments& arguments, Memory& memory, int warp)
-      : p(arguments), shared(memory), values(warp >= kBringers), part(warp % kBringers) {}
+      : p(arguments), shared(memory), values(warp >= kBringers), part(warp % kBringers),
+        item(memory.place[warp]) {}
 
   struct Row {
     const void* from = nullptr;  // zeros where null
     bool wide = false;           // float, of a summary slot
     float bias = neg_inf<float>();
+
+    // To the L2 cache: rows are looked up well before there is room for them.
+    __device__ void prefetch() const {
+      if (!from) return;
+      const int bytes = D * static_cast<int>(wide ? sizeof(float) : sizeof(T));
+      for (int i = 0; i < bytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + i));
+    }
   };
 
   // Rows of (N, Hkv, W + Me) and (T, Hkv).
-  __device__ const T* state_row(const void* rows, const Item& item, int slot) const {
+  __device__ const T* state_row(const void* rows, int slot) const {
     const int held = p.window + p.exact_slots;
     return static_cast<const T*>(rows) + static_cast<int64_t>((item.sequence * p.kv_heads + item.kv_head) * held + slot) * D;
   }
-  __device__ const T* token_row(const void* rows, const Item& item, int token) const {
+  __device__ const T* token_row(const void* rows, int token) const {
     return static_cast<const T*>(rows) + static_cast<int64_t>((item.token0 + token) * p.kv_heads + item.kv_head) * D;
   }
 
-  __device__ Row bank_row(const Item& item, int slot) const {
+  __device__ Row bank_row(int slot) const {
     Row row;
     const int gate_group = p.gate_groups == 1 ? 0 : item.kv_head;
     if (slot < p.exact_slots) {
@@ -45,8 +54,8 @@ struct BringKeys {
       const int source = __ldg(p.index + static_cast<int64_t>(item.snapshot * p.gate_groups + gate_group) * p.exact_slots + slot);
       if (source < 0) return row;
       const int token = source - held;
-      row.from = token < 0 ? state_row(values ? p.state_v : p.state_kbar, item, source)
-                           : token_row(values ? p.v : p.kbar, item, token);
+      row.from = token < 0 ? state_row(values ? p.state_v : p.state_kbar, source)
+                           : token_row(values ? p.v : p.kbar, token);
       row.bias = 0.0f;
       if (!values && p.gate_bias && slot >= p.num_sinks) {
         row.bias = log_sigmoid(
@@ -65,12 +74,12 @@ struct BringKeys {
     row.wide = true;
     return row;
   }
-  __device__ Row window_row(const Item& item, int key) const {
+  __device__ Row window_row(int key) const {
     Row row;
     if (key >= item.keys) return row;
     const int token = item.window_begin + key, slot = item.ring_begin + key;
-    row.from = token < 0 ? state_row(values ? p.state_v : p.state_k, item, slot < p.window ? slot : slot - p.window)
-                         : token_row(values ? p.v : p.k, item, token);
+    row.from = token < 0 ? state_row(values ? p.state_v : p.state_k, slot < p.window ? slot : slot - p.window)
+                         : token_row(values ? p.v : p.k, token);
     return row;
   }
 
@@ -83,11 +92,16 @@ struct BringKeys {
     const unsigned wide = __ballot_sync(kAllLanes, mine.wide);
     const int packet = lane_id() % kPackets;
     const auto from = reinterpret_cast<uint64_t>(mine.from);
-#pragma unroll 4
-    for (int i = lane_id() / kPackets; i < kWarp; i += kRowsAtOnce) {
-      const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, from, i));
-      if (wide >> i & 1) continue;
-      ampere::copy_packet(packet_of(tile, row0 + i, packet), row + packet * kPacket, row != nullptr);
+    constexpr int kCopies = 8 / kRowsAtOnce;  // of the eight rows after which the swizzle repeats
+#pragma unroll 1
+    for (int eight = 0; eight < kWarp; eight += 8) {
+#pragma unroll
+      for (int j = 0; j < kCopies; ++j) {
+        const int i = j * kRowsAtOnce + lane_id() / kPackets;
+        const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, from, eight + i));
+        if (wide >> (eight + i) & 1) continue;
+        ampere::copy_packet(packet_of(tile, i, packet) + (row0 + eight) * 128, row + packet * kPacket, row != nullptr);
+      }
     }
     if (wide == 0) return;
 #pragma unroll 4
@@ -100,10 +114,11 @@ struct BringKeys {
     }
   }
 
-  __device__ void bring(const Item& item, int tile) {
-    T* to = values ? shared.v[at.stage] : shared.k[at.stage];
-    auto* full = values ? &shared.v_full[at.stage] : &shared.k_full[at.stage];
-    auto* empty = values ? &shared.v_empty[at.stage] : &shared.k_empty[at.stage];
+  __device__ void bring(int tile) {
+    const int stage = at.stage;
+    T* to = values ? shared.v[stage] : shared.k[stage];
+    auto* full = values ? &shared.v_full[stage] : &shared.k_full[stage];
+    auto* empty = values ? &shared.v_empty[stage] : &shared.k_empty[stage];
     const uint32_t parity = at.parity ^ 1;
     at.advance();
     const bool bank = tile < item.bank_tiles;
@@ -128,21 +143,20 @@ struct BringKeys {
         return;
       }
     }
-    Row rows[kKeys / kBringers / kWarp];
-    const int row0 = part * (kKeys / kBringers);
+    constexpr int kShares = kKeys / kBringers / kWarp;
+    Row rows[kShares];
 #pragma unroll
-    for (int i = 0; i < kKeys / kBringers / kWarp; ++i) {
-      const int key = key0 + row0 + i * kWarp + lane_id();
-      rows[i] = bank ? bank_row(item, key) : window_row(item, key);
+    for (int i = 0; i < kShares; ++i) {
+      const int key = key0 + (i * kBringers + part) * kWarp + lane_id();
+      rows[i] = bank ? bank_row(key) : window_row(key);
+      rows[i].prefetch();
     }
     hopper::wait(empty, parity);
 #pragma unroll
-    for (int i = 0; i < kKeys / kBringers / kWarp; ++i) {
-      copy_rows(reinterpret_cast<unsigned char*>(to), row0 + i * kWarp, rows[i]);
-      if (bank && !values) {
-        (&shared.bias[0][0])[static_cast<int>(full - shared.k_full) * kKeys + row0 + i * kWarp + lane_id()] =
-            rows[i].bias * p.inverse_scale;
-      }
+    for (int i = 0; i < kShares; ++i) {
+      const int row0 = (i * kBringers + part) * kWarp;
+      copy_rows(reinterpret_cast<unsigned char*>(to), row0, rows[i]);
+      if (bank && !values) shared.bias[stage][row0 + lane_id()] = rows[i].bias * p.inverse_scale;
     }
     ampere::commit_copies();
     ampere::wait_copies<0>();
@@ -153,9 +167,9 @@ struct BringKeys {
 
   __device__ void run() {
     if (part == 0 && lane_id() == 0) hopper::prefetch_map(values ? &p.v_map : &p.k_map);
-    for_items(p, shared.brought[warp_id()], item_rows(Streams), [&](const Item& item) {
+    for_items(p, item, item_rows(Streams), [&] {
 #pragma unroll 1
-      for (int tile = 0; tile < item.tiles; ++tile) bring(item, tile);
+      for (int tile = 0; tile < item.tiles; ++tile) bring(tile);
     });
   }
 };

@@ -24,19 +24,23 @@ struct BringQueries {
   using Memory = Shared<T, D, Streams>;
   static constexpr int kParts = D / 16;  // threads of a row
   static constexpr int kRowsAtOnce = hopper::kWarpgroup / kParts;
-  static constexpr int kSteps = kRows / kRowsAtOnce;
+  static constexpr int kRowsOfThread = 2;  // at once
+  static constexpr int kSteps = item_rows(Streams) / (kRowsOfThread * kRowsAtOnce);
   enum NamedBarrier { kAngles = 3 };
 
   const Arguments& p;
   Memory& shared;
   const int thread, part;
+  Place& item;
   hopper::RingPosition<kQuerySets> at;
   double frequency = 0.0;  // of the pair whose angle this thread works out
   int theta_head = -1;
   Angle<float> theta[8];  // of theta_head
+  int angles_of = -1;     // the chunk row whose bank angles are in shared memory
 
   __device__ BringQueries(const Arguments& arguments, Memory& memory)
-      : p(arguments), shared(memory), thread(threadIdx.x % hopper::kWarpgroup), part(thread % kParts) {
+      : p(arguments), shared(memory), thread(threadIdx.x % hopper::kWarpgroup), part(thread % kParts),
+        item(memory.place[warp_id()]) {
     if (p.turned && thread < D / 2) frequency = p.inv_freq[thread];
   }
 
@@ -44,29 +48,38 @@ struct BringQueries {
   __device__ int pair_of(int i, bool interleaved) const {
     return interleaved ? 4 * part + i % 4 + i / 4 * (D / 4) : 8 * part + i;
   }
+  __device__ static void turn_plane(float& a, float& b, Angle<float> by) {
+    const float turned = fmaf(a, by.cos, -(b * by.sin));
+    b = fmaf(a, by.sin, b * by.cos);
+    a = turned;
+  }
   template <class AngleOf>
   __device__ static void turn(float (&x)[16], bool interleaved, AngleOf angle) {
     if (interleaved) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) turn_pair(x[2 * i], x[2 * i + 1], angle(i));
+      for (int i = 0; i < 8; ++i) turn_plane(x[2 * i], x[2 * i + 1], angle(i));
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) turn_pair(x[i], x[8 + i], angle(i));
+      for (int i = 0; i < 8; ++i) turn_plane(x[i], x[8 + i], angle(i));
     }
   }
 
+  __device__ void store(T* to, int row, int half, uint4 words) const {
+    const int packet = part + half * kParts;
+    auto* panel = reinterpret_cast<unsigned char*>(to) + packet / 8 * kRows * 128;
+    *reinterpret_cast<uint4*>(panel + hopper::swizzled(row, packet % 8)) = words;
+  }
   __device__ void store(T* to, int row, const float (&x)[16]) const {
-    auto* tile = reinterpret_cast<unsigned char*>(to);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int packet = part + half * kParts;
       const float* y = x + 8 * half;
-      *reinterpret_cast<uint4*>(tile + packet / 8 * kRows * 128 + hopper::swizzled(row, packet % 8)) =
-          uint4{pack<T>(y[0], y[1]), pack<T>(y[2], y[3]), pack<T>(y[4], y[5]), pack<T>(y[6], y[7])};
+      store(to, row, half, uint4{pack<T>(y[0], y[1]), pack<T>(y[2], y[3]), pack<T>(y[4], y[5]), pack<T>(y[6], y[7])});
     }
   }
 
-  __device__ void write_bank_angles(const Item& item) {
+  __device__ void write_bank_angles() {
+    if (angles_of == item.snapshot) return;
+    angles_of = item.snapshot;
     hopper::sync_threads(kAngles, hopper::kWarpgroup);
     if (thread < D / 2) {
       const int64_t start = p.tokens_seen[item.sequence] + item.chunk_start;
@@ -76,29 +89,32 @@ struct BringQueries {
   }
 
   // Fills the next set of queries; the first of an item also tells what the item is.
-  __device__ void bring(const Item& item, bool first, bool bank) {
+  __device__ void bring(bool first, bool bank) {
     const int set = at.stage;
 #pragma unroll 1
-    for (int half = 0; half < kConsumers / Streams; ++half) {
-      // What is brought before the wait has arrived when it ends.
-      uint4 words[kSteps][2];
-      int row[kSteps];
+    for (int step = 0; step < kSteps; ++step) {
+      // What the first step reads has arrived when the wait is over.
+      uint4 words[kRowsOfThread][2];
+      const int half = step * kRowsOfThread * kRowsAtOnce / kRows;
+      int row[kRowsOfThread], head[kRowsOfThread];
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        row[i] = i * kRowsAtOnce + thread / kParts;
-        const int r = item.row0 + half * kRows + row[i];
-        const int64_t line = item.line0 + static_cast<uint32_t>(r / p.group * p.heads + r % p.group);
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const int in_item = (step * kRowsOfThread + i) * kRowsAtOnce + thread / kParts, r = item.row0 + in_item;
+        row[i] = in_item % kRows;
+        const auto at_row = p.split(r);
+        head[i] = item.kv_head * p.group + at_row.head;
+        const int64_t line = item.line0 + static_cast<uint32_t>(at_row.token * p.heads + at_row.head);
         const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.q) + line * D) + part;
         const bool real = r < item.rows;
         words[i][0] = real ? __ldg(from) : uint4{0, 0, 0, 0};
         words[i][1] = real ? __ldg(from + kParts) : uint4{0, 0, 0, 0};
       }
-      if (half == 0) {
+      if (step == 0) {
         hopper::wait(&shared.q_empty[set], at.parity ^ 1);
         if (first && thread == 0) shared.item[set] = item;
       }
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
+      for (int i = 0; i < kRowsOfThread; ++i) {
         float x[16];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -110,13 +126,17 @@ struct BringQueries {
             x[8 * j + 2 * e + 1] = y.y;
           }
         }
-        if (bank) turn(x, p.rope_interleaved, [&](int e) { return shared.bank_angles[pair_of(e, p.rope_interleaved)]; });
-        store(shared.q[set][half], row[i], x);
+        if (bank) {
+          turn(x, p.rope_interleaved, [&](int e) { return shared.bank_angles[pair_of(e, p.rope_interleaved)]; });
+          store(shared.q[set][half], row[i], x);
+        } else {
+          store(shared.q[set][half], row[i], 0, words[i][0]);
+          store(shared.q[set][half], row[i], 1, words[i][1]);
+        }
         if (Streams == 1) continue;
-        const int head = item.kv_head * p.group + (item.row0 + row[i]) % p.group;
-        if (head != theta_head) {
-          theta_head = head;
-          const auto* angles = static_cast<const float*>(p.theta) + head * (D / 2);
+        if (head[i] != theta_head) {
+          theta_head = head[i];
+          const auto* angles = static_cast<const float*>(p.theta) + head[i] * (D / 2);
 #pragma unroll
           for (int e = 0; e < 8; ++e) theta[e] = angle_of_theta(__ldg(angles + pair_of(e, p.theta_interleaved)));
         }
@@ -135,12 +155,12 @@ struct BringQueries {
   }
 
   __device__ void run() {
-    for_items(p, shared.brought[warp_id()], item_rows(Streams), [&](const Item& item) {
+    for_items(p, item, item_rows(Streams), [&] {
       if (p.turned) {
-        write_bank_angles(item);
-        bring(item, true, true);
+        write_bank_angles();
+        bring(true, true);
       }
-      bring(item, !p.turned, false);
+      bring(!p.turned, false);
     });
     hopper::wait(&shared.q_empty[at.stage], at.parity ^ 1);
     if (thread == 0) shared.item[at.stage].tiles = 0;

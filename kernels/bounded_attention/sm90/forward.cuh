@@ -46,17 +46,17 @@ struct Attend {
     tiles = item.tiles;
     if (tiles == 0) return false;
     bank_tiles = item.bank_tiles;
-    const unsigned group = p.group;
     const int row0 = item.row0 + (Streams == 2 ? 0 : warpgroup * kRows) + threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const unsigned r = row0 + 8 * i, token = r / group;
-      const bool real = static_cast<int>(r) < item.rows;
-      rows.line[i] = real ? item.line0 + token * p.heads + r % group : kNoLine;
+      const int r = row0 + 8 * i;
+      const auto at = p.split(r);
+      const bool real = r < item.rows;
+      rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
       rows.lam[i] = stream == 1 && real ? static_cast<const float*>(p.lam)[rows.line[i]] : 0.0f;
       rows.peak[i] = neg_inf<float>();
       rows.total[i] = 0.0f;
-      visible[i] = item.seen + static_cast<int>(token) + 1;
+      visible[i] = item.seen + at.token + 1;
     }
     return true;
   }
@@ -101,40 +101,56 @@ struct Attend {
       release(&shared.q_empty[q_at.stage]);
       q_at.advance();
     }
+    if (tile < bank_tiles) return;
     const int key0 = (tile - bank_tiles) * kKeys;
-    if (tile >= bank_tiles && key0 + kKeys > visible[0]) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) {
+    for (int part = 0; part < kKeys; part += 32) {
+      if (key0 + part + 32 <= visible[0]) continue;
+#pragma unroll
+      for (int i = part / 2; i < part / 2 + 16; ++i) {
         if (key0 + column + i / 4 * 8 + i % 2 >= visible[i % 4 / 2]) s[i] = neg_inf<float>();
       }
     }
   }
 
-  // Logits to weights relative to the new peaks; returns how much earlier weights shrink.
+  // Logits to weights relative to the peaks; returns how much earlier weights shrink. A peak that grows by less than a factor of 2^8 in
+  // the weights stays as it is: weights are floating-point numbers, and rescaling the output would cost more.
   __device__ float2 absorb(float (&s)[kKeys / 2]) {
-    float shrink[2];
+    float top[2][2];
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float x = fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]);
+        top[row][i % 2] = i < 2 ? x : fmaxf(top[row][i % 2], x);
+      }
+    }
+    float shrink[2], base[2], sum[2][2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float top = rows.peak[row];
+      float x = fmaxf(top[row][0], top[row][1]);
+      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+      float& peak = rows.peak[row];
+      const bool grows = (x - peak) * p.log2_scale > 8.0f;
+      shrink[row] = grows ? exp2_approximate((peak - x) * p.log2_scale) : 1.0f;
+      if (grows) peak = x;
+      base[row] = peak == neg_inf<float>() ? 0.0f : peak * p.log2_scale;
+    }
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      const float base = top == neg_inf<float>() ? 0.0f : top * p.log2_scale;
-      shrink[row] = exp2_approximate(rows.peak[row] * p.log2_scale - base);
-      rows.peak[row] = top;
-      float sum = 0.0f;
+    for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+      for (int row = 0; row < 2; ++row) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * i + 2 * row + e];
-          x = exp2_approximate(fmaf(x, p.log2_scale, -base));
-          sum += x;
+          x = exp2_approximate(fmaf(x, p.log2_scale, -base[row]));
+          sum[row][e] = i == 0 ? x : sum[row][e] + x;
         }
       }
-      rows.total[row] = rows.total[row] * shrink[row] + sum;
     }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) rows.total[row] = rows.total[row] * shrink[row] + (sum[row][0] + sum[row][1]);
     return {shrink[0], shrink[1]};
   }
 
@@ -203,92 +219,104 @@ struct Attend {
     finish(done);
   }
 
-  // Divides by the totals; writes lse.
-  __device__ void normalize(Rows& done) {
+  // Outputs of the warp's 16 rows, element i of this thread's being value(i), through `stage`: what leaves registers in pairs of columns
+  // goes out in whole rows.
+  template <class Value>
+  __device__ void store(const Rows& done, void* to, unsigned char* stage, Value value) const {
+    constexpr int kPackets = D / kPacket, kRowsAtOnce = kWarp / kPackets;
+    const int lane = lane_id();
+    const auto packet_of = [&](int row, int packet) { return stage + row * (D * 2) + ((packet ^ (row & 7)) << 4); };
+    __syncwarp();
+#pragma unroll
+    for (int block = 0; block < D / 16; ++block) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = pack<T>(value(8 * block + 2 * i), value(8 * block + 2 * i + 1));
+      store_matrices(packet_of(lane % 16, 2 * block + lane / 16), x[0], x[1], x[2], x[3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
+      const int row = i * kRowsAtOnce + lane / kPackets, packet = lane % kPackets;
+      const uint32_t line = __shfl_sync(kAllLanes, done.line[i * kRowsAtOnce / 8], row % 8 * 4);
+      if (line == kNoLine) continue;
+      reinterpret_cast<uint4*>(static_cast<T*>(to) + static_cast<int64_t>(line) * D)[packet] =
+          *reinterpret_cast<const uint4*>(packet_of(row, packet));
+    }
+    __syncwarp();
+  }
+
+  __device__ void finish(Rows& done) {
+    float inverse[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float& sum = done.total[row];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        o[4 * i + 2 * row] *= inverse;
-        o[4 * i + 2 * row + 1] *= inverse;
-      }
+      inverse[row] = sum > 0.0f ? 1.0f / sum : 0.0f;
       if (p.lse && done.line[row] != kNoLine && lane_id() % 4 == 0) {
         const float lse = sum > 0.0f ? done.peak[row] * p.logit_scale + logf(sum) : neg_inf<float>();
         static_cast<float*>(p.lse)[stream * p.tokens * p.heads + done.line[row]] = lse;
       }
     }
-  }
-
-  __device__ void store(const Rows& done, void* to) const {
+    // With two streams, lam o2 goes from a warp of the second to the same warp of the first as its registers lie; the first uses the
+    // place as its stage, then gives it back.
+    const int warp = threadIdx.x % hopper::kWarpgroup / kWarp;
+    unsigned char* stage = shared.exchange + (Streams == 2 ? warp * 16 * D * 4 : (warpgroup * 4 + warp) * 16 * D * 2);
+    auto* second = reinterpret_cast<float4*>(stage) + lane_id();
+    if (stream == 1) {
+      hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+      if (p.o2) store(done, p.o2, stage, [&](int i) { return o[i] * inverse[i % 4 / 2]; });
+      const float factor[2] = {inverse[0] * done.lam[0], inverse[1] * done.lam[1]};
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      T* line = static_cast<T*>(to) + static_cast<int64_t>(done.line[row]) * D;
-#pragma unroll
-      for (int block = 0; block < D / 32; ++block) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[block * 16 + 4 * i + 2 * row], o[block * 16 + 4 * i + 2 * row + 1]);
-        transpose_quad(x);
-        if (done.line[row] != kNoLine) {
-          *reinterpret_cast<uint4*>(line + block * 32 + lane_id() % 4 * 8) = uint4{x[0], x[1], x[2], x[3]};
-        }
+      for (int i = 0; i < D / 8; ++i) {
+        second[i * kWarp] = float4{o[4 * i] * factor[0], o[4 * i + 1] * factor[0], o[4 * i + 2] * factor[1], o[4 * i + 3] * factor[1]};
       }
+      hopper::arrive_threads(kSecondFull, 2 * hopper::kWarpgroup);
+      return;
     }
-  }
-
-  __device__ void finish(Rows& done) {
-    normalize(done);
     if (Streams == 2) {
-      auto* exchange = reinterpret_cast<float4*>(shared.second) + threadIdx.x % hopper::kWarpgroup;
-      if (stream == 1) {
-        if (p.o2) store(done, p.o2);
-        hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
-#pragma unroll
-        for (int i = 0; i < D / 8; ++i) {
-          exchange[i * hopper::kWarpgroup] = float4{o[4 * i] * done.lam[0], o[4 * i + 1] * done.lam[0],
-                                                    o[4 * i + 2] * done.lam[1], o[4 * i + 3] * done.lam[1]};
-        }
-        hopper::arrive_threads(kSecondFull, 2 * hopper::kWarpgroup);
-        return;
-      }
       hopper::sync_threads(kSecondFull, 2 * hopper::kWarpgroup);
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
-        const float4 x = exchange[i * hopper::kWarpgroup];
-        o[4 * i] -= x.x;
-        o[4 * i + 1] -= x.y;
-        o[4 * i + 2] -= x.z;
-        o[4 * i + 3] -= x.w;
+        const float4 x = second[i * kWarp];
+        o[4 * i] = fmaf(o[4 * i], inverse[0], -x.x);
+        o[4 * i + 1] = fmaf(o[4 * i + 1], inverse[0], -x.y);
+        o[4 * i + 2] = fmaf(o[4 * i + 2], inverse[1], -x.z);
+        o[4 * i + 3] = fmaf(o[4 * i + 3], inverse[1], -x.w);
       }
-      hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+    } else {
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) o[i] *= inverse[i % 4 / 2];
     }
     if (p.norm_weight) {
-      if (p.diff) store(done, p.diff);
-      const float* weight = shared.norm_weight + lane_id() % 4 * 2;
+      if (p.diff) store(done, p.diff, stage, [&](int i) { return o[i]; });
+      float rstd[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        float square = 0.0f;
+        float square[2] = {};
 #pragma unroll
         for (int i = 0; i < D / 8; ++i) {
-          const float a = o[4 * i + 2 * row], b = o[4 * i + 2 * row + 1];
-          square += a * a + b * b;
-        }
-        square += __shfl_xor_sync(kAllLanes, square, 1);
-        square += __shfl_xor_sync(kAllLanes, square, 2);
-        const float rstd = rsqrtf(square / D + p.eps);
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i) {
-          const float2 w = *reinterpret_cast<const float2*>(weight + 8 * i);
-          o[4 * i + 2 * row] *= rstd * w.x;
-          o[4 * i + 2 * row + 1] *= rstd * w.y;
+          for (int e = 0; e < 2; ++e) square[e] = fmaf(o[4 * i + 2 * row + e], o[4 * i + 2 * row + e], square[e]);
         }
+        float sum = square[0] + square[1];
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
+        rstd[row] = rsqrtf(sum / D + p.eps);
+      }
+      const float* weight = shared.norm_weight + lane_id() % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+        const float2 w = *reinterpret_cast<const float2*>(weight + 8 * i);
+        o[4 * i] *= rstd[0] * w.x;
+        o[4 * i + 1] *= rstd[0] * w.y;
+        o[4 * i + 2] *= rstd[1] * w.x;
+        o[4 * i + 3] *= rstd[1] * w.y;
       }
     }
-    store(done, p.y);
+    store(done, p.y, stage, [&](int i) { return o[i]; });
+    if (Streams == 2) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
   }
 };
 
@@ -338,6 +366,7 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   p.row_tiles = static_cast<unsigned>(tiles_per_chunk(p, item_rows(Streams)));
   p.items = static_cast<unsigned>(p.chunk_rows * p.kv_heads * p.row_tiles);
   p.group = p.heads / p.kv_heads;
+  p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
   p.turned = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
   p.logit_scale = static_cast<float>(p.scale);
   p.log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
