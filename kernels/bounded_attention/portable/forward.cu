@@ -1,7 +1,7 @@
-#include "../common/attention_rows.cuh"
-#include "../common/launch.cuh"
-#include "chunk_view.cuh"
-#include "launch.h"
+#include "../../common/attention_rows.cuh"
+#include "../../common/launch.cuh"
+#include "../chunk_view.cuh"
+#include "../launch.h"
 
 namespace coda::kernels {
 namespace {
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(8 * kWarp) forward_kernel(BoundedAttentionForw
 
 }  // namespace
 
-cudaError_t bounded_attention_forward(const BoundedAttentionForward& params, DType dtype, cudaStream_t stream) {
+cudaError_t portable::bounded_attention_forward(const BoundedAttentionForward& params, DType dtype, cudaStream_t stream) {
   if (params.tokens == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
