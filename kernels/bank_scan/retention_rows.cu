@@ -1,0 +1,41 @@
+#include "retention_segments.cuh"
+
+namespace coda::kernels {
+namespace {
+
+constexpr int kThreads = 256;
+
+// One block writes the rows of one segment, those that no chunk uses as well.
+__global__ void __launch_bounds__(kThreads) retention_rows_kernel(RetentionScan p) {
+  const RetentionSegment<float> segment(p, blockIdx.x);
+  const auto& view = segment.view;
+  const int rows = segment.rows(), used = segment.used_rows(), sinks = p.num_sinks, slots = p.exact_slots;
+  const int64_t stride = static_cast<int64_t>(p.gate_groups) * slots;
+  int32_t* index = p.index + view.index_row(segment.tile.begin, view.group);
+  for (int i = threadIdx.x; i < (rows - used) * slots; i += blockDim.x) index[(used + i / slots) * stride + i % slots] = -1;
+  for (int i = threadIdx.x; i < used * sinks; i += blockDim.x) {
+    const int b = i / sinks, j = i % sinks;
+    index[b * stride + j] = view.sink_source(j, view.evicted_end(segment.tile.begin + b));
+  }
+  if (used == 0) return;
+  const int64_t row = view.segment_row(segment.number()), bank = view.bank_row(segment.number()) * p.capacity;
+  const int32_t* slot = p.bank_slot + bank;
+  for (int e = threadIdx.x; e < p.capacity; e += blockDim.x) {
+    const int until = min(p.bank_until[row * p.capacity + e], used), source = p.bank_source[bank + e], to = sinks + slot[e];
+    for (int b = 0; b < until; ++b) index[b * stride + to] = source;
+  }
+  for (int c = threadIdx.x; c < p.segment_tokens; c += blockDim.x) {
+    const int until = min(p.token_until[row * p.segment_tokens + c], used);
+    if (until == 0) continue;
+    const int source = view.source_of(segment.first_position() + c), to = sinks + slot[p.token_place[row * p.segment_tokens + c]];
+    for (int b = c / p.chunk; b < until; ++b) index[b * stride + to] = source;
+  }
+}
+
+}  // namespace
+
+cudaError_t retention_rows(const RetentionScan& p, cudaStream_t stream) {
+  return launch(retention_rows_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), kThreads, 0, stream, p);
+}
+
+}  // namespace coda::kernels
