@@ -2,93 +2,100 @@
 
 #include <algorithm>
 
+#include <cuda_pipeline_primitives.h>
+
 namespace coda::kernels {
 namespace {
 
-constexpr size_t kListsLimit = 32 * 1024;  // bytes for lists that wait in shared memory
-
-int staged_lists(const RetentionScan& p) {
-  const size_t bytes = static_cast<size_t>(p.listed) * (sizeof(uint64_t) + sizeof(int32_t));
-  return bytes == 0 ? 1 : static_cast<int>(std::clamp<size_t>(kListsLimit / bytes, 1, 32));
-}
+constexpr int kAhead = 4;  // lists on their way at once
 
 struct BankMemory {
-  uint64_t* key;       // (2, capacity) the bank before and after a segment, in turns
-  int32_t* source;     // (2, capacity)
-  uint64_t* list_key;  // (lists, listed)
-  int32_t* list_source;
+  uint64_t* key;         // (2, capacity) the bank before and after a segment
+  int32_t* id;           // (2, capacity)
+  uint64_t* list_key;    // (kAhead, listed) the best tokens of a segment
+  int32_t* list_token;   // (kAhead, listed)
 
-  __host__ __device__ BankMemory(Carver& carver, int capacity, int listed, int lists)
-      : key(carver.take<uint64_t>(2 * capacity)), source(carver.take<int32_t>(2 * capacity)),
-        list_key(carver.take<uint64_t>(lists * listed)), list_source(carver.take<int32_t>(lists * listed)) {}
+  __host__ __device__ BankMemory(Carver& carver, int capacity, int listed)
+      : key(carver.take<uint64_t>(2 * capacity)), id(carver.take<int32_t>(2 * capacity)),
+        list_key(carver.take<uint64_t>(kAhead * listed)), list_token(carver.take<int32_t>(kAhead * listed)) {}
 };
 
-struct BanksParams : RetentionScan {
-  int lists;  // that a block reads at once
-};
-
-// One block merges the lists of one sequence and gate group into the banks that stand between its segments.
-__global__ void __launch_bounds__(1024) retention_banks_kernel(BanksParams p) {
+// One block merges the tokens of one sequence and gate group, segment by segment, into the banks that stand between them.
+__global__ void __launch_bounds__(1024) retention_banks_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
-  const BankMemory work(carver, p.capacity, p.listed, p.lists);
+  const BankMemory work(carver, p.capacity, p.listed);
+  const bool in_shared = p.block_bytes <= kSharedLimit;
   const RetentionView<float> view(p, blockIdx.x / p.gate_groups, static_cast<int>(blockIdx.x % p.gate_groups));
-  const int capacity = p.capacity, listed = p.listed;
-  const int64_t count = view.segment_count(), banks = view.bank_row(0), lists = view.segment_row(0);
-  for (int j = threadIdx.x; j < capacity; j += blockDim.x) {
-    work.key[j] = p.bank_key[banks * capacity + j];
-    work.source[j] = p.bank_source[banks * capacity + j];
-  }
-  int now = 0, next = capacity;  // where in work.key and work.source
-  for (int64_t s = 0; s < count; ++s) {
-    const int staged = static_cast<int>(s % p.lists);
-    if (staged == 0) {
-      const int items = static_cast<int>(min(static_cast<int64_t>(p.lists), count - s)) * listed;
-      for (int i = threadIdx.x; i < items; i += blockDim.x) {
-        const int64_t at = (lists + (s + i / listed) * p.gate_groups) * listed + i % listed;
-        work.list_key[i] = p.list_key[at];
-        work.list_source[i] = p.list_source[at];
+  const int capacity = p.capacity, listed = p.listed, count = static_cast<int>(view.segment_count());
+  const int64_t bank_row = view.bank_row(0) * capacity, bank_stride = static_cast<int64_t>(p.gate_groups) * capacity;
+  const int64_t list_row = view.segment_row(0) * p.segment_tokens;
+  const int64_t list_stride = static_cast<int64_t>(p.gate_groups) * p.segment_tokens;
+
+  const auto fetch = [&](int s) {
+    const int to = s % kAhead * listed;
+    const int64_t from = list_row + s * list_stride;
+    for (int i = threadIdx.x; s < count && i < listed; i += blockDim.x) {
+      if (in_shared) {
+        __pipeline_memcpy_async(work.list_key + to + i, p.token_key + from + i, sizeof(uint64_t));
+        __pipeline_memcpy_async(work.list_token + to + i, p.token + from + i, sizeof(int32_t));
+      } else {
+        work.list_key[to + i] = p.token_key[from + i];
+        work.list_token[to + i] = p.token[from + i];
       }
-      __syncthreads();
     }
-    const uint64_t *bank = work.key + now, *list = work.list_key + staged * listed;
-    const int64_t after = (banks + (s + 1) * p.gate_groups) * capacity;
-    for (int e = threadIdx.x; e < capacity + listed; e += blockDim.x) {
-      const int i = e - capacity;
-      const bool held = i < 0;
-      const uint64_t key = held ? bank[e] : list[i];
-      // Between equal keys the later token wins, and that is the one from the list.
-      const int rank = held ? e + count_above(list, listed, key - 1) : i + count_above(bank, capacity, key);
-      if (rank >= capacity) continue;
-      const int32_t source = held ? work.source[now + e] : work.list_source[staged * listed + i];
-      work.key[next + rank] = key;
-      work.source[next + rank] = source;
-      p.bank_key[after + rank] = key;
-      p.bank_source[after + rank] = source;
-    }
+    __pipeline_commit();
+  };
+  for (int s = 0; s < kAhead - 1; ++s) fetch(s);
+  for (int j = threadIdx.x; j < capacity; j += blockDim.x) {
+    work.key[j] = p.bank_key[bank_row + j];
+    work.id[j] = p.bank_id[bank_row + j];
+  }
+  // Half of the threads look for the new ranks of what is held, the others for those of the list.
+  const int thread = static_cast<int>(threadIdx.x), half = static_cast<int>(blockDim.x) / 2, mine = thread % half;
+  int now = 0, next = capacity;  // where in work.key and work.id
+  int first_id = view.first_id(0);
+  for (int s = 0; s < count; ++s) {
+    __pipeline_wait_prior(kAhead - 2);
     __syncthreads();
+    fetch(s + kAhead - 1);
+    const uint64_t *bank = work.key + now, *list = work.list_key + s % kAhead * listed;
+    const int32_t* tokens = work.list_token + s % kAhead * listed;
+    uint64_t* key_after = p.bank_key + bank_row + (s + 1) * bank_stride;
+    int32_t* id_after = p.bank_id + bank_row + (s + 1) * bank_stride;
+    const auto put = [&](int rank, uint64_t key, int32_t id) {
+      if (rank >= capacity) return;
+      work.key[next + rank] = key;
+      work.id[next + rank] = id;
+      key_after[rank] = key;
+      id_after[rank] = id;
+    };
+    // Between equal keys the later token wins, and that is the one from the list.
+    if (thread < half) {
+      for (int e = mine; e < capacity; e += half) put(e + count_above(list, listed, bank[e] - 1), bank[e], work.id[now + e]);
+    } else {
+      for (int i = mine; i < listed; i += half) put(i + count_above(bank, capacity, list[i]), list[i], first_id + tokens[i]);
+    }
     now = capacity - now;
     next = capacity - next;
+    first_id += p.segment_tokens;
   }
-}
-
-BanksParams banks_params(const RetentionScan& p) {
-  BanksParams params{p, staged_lists(p)};
-  Carver sizes(nullptr);
-  BankMemory(sizes, p.capacity, p.listed, params.lists);
-  params.block_bytes = sizes.used();
-  return params;
 }
 
 }  // namespace
 
-size_t retention_banks_block(const RetentionScan& p) { return banks_params(p).block_bytes; }
+size_t retention_banks_block(const RetentionScan& p) {
+  Carver sizes(nullptr);
+  BankMemory(sizes, p.capacity, p.listed);
+  return sizes.used();
+}
 
-cudaError_t retention_banks(const RetentionScan& p, cudaStream_t stream) {
-  const auto params = banks_params(p);
-  const int threads = std::clamp((p.capacity + p.listed + kWarp - 1) / kWarp * kWarp, kWarp, 1024);
-  return launch(retention_banks_kernel, dim3(static_cast<unsigned>(p.sequences * p.gate_groups)), threads,
-                shared_part(params.block_bytes), stream, params);
+cudaError_t retention_banks(const RetentionScan& scan, cudaStream_t stream) {
+  RetentionScan p = scan;
+  p.block_bytes = retention_banks_block(scan);
+  const int half = std::clamp((p.capacity + kWarp - 1) / kWarp * kWarp, kWarp, 512);
+  return launch(retention_banks_kernel, dim3(static_cast<unsigned>(p.sequences * p.gate_groups)), 2 * half,
+                shared_part(p.block_bytes), stream, p);
 }
 
 }  // namespace coda::kernels

@@ -20,15 +20,16 @@ __global__ void __launch_bounds__(kThreads) retention_rows_kernel(RetentionScan 
   if (used == 0) return;
   const int64_t row = view.segment_row(segment.number()), bank = view.bank_row(segment.number()) * p.capacity;
   const int32_t* slot = p.bank_slot + bank;
-  for (int e = threadIdx.x; e < p.capacity; e += blockDim.x) {
-    const int until = min(p.bank_until[row * p.capacity + e], used), source = p.bank_source[bank + e], to = sinks + slot[e];
-    for (int b = 0; b < until; ++b) index[b * stride + to] = source;
-  }
+  const auto hold = [&](int held, int id, int from, int until) {
+    const int source = view.source_of_id(id);
+    int32_t* to = index + from * stride + sinks + slot[held];
+    for (int b = from; b < min(until, used); ++b, to += stride) *to = source;
+  };
+  for (int e = threadIdx.x; e < p.capacity; e += blockDim.x) hold(e, p.bank_id[bank + e], 0, p.bank_until[row * p.capacity + e]);
+  const int first = view.first_id(segment.tile.begin);
   for (int c = threadIdx.x; c < p.segment_tokens; c += blockDim.x) {
-    const int until = min(p.token_until[row * p.segment_tokens + c], used);
-    if (until == 0) continue;
-    const int source = view.source_of(segment.first_position() + c), to = sinks + slot[p.token_place[row * p.segment_tokens + c]];
-    for (int b = c / p.chunk; b < until; ++b) index[b * stride + to] = source;
+    const int2 stay = p.token_stay[row * p.segment_tokens + c];
+    if (stay.x > 0) hold(stay.y, first + c, c / p.chunk, stay.x);
   }
 }
 

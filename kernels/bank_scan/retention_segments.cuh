@@ -9,25 +9,25 @@
 namespace coda::kernels {
 
 // The retention scan cut into segments of some chunks each (README.md). Sequence n owns the segments from row0 / segment_chunks + n
-// on and the banks from row0 / segment_chunks + 2 n on, one before each of its segments and one after the last. Ranks count from 0,
-// the best; a bank holds `capacity` entries, the free slots among them.
+// on, and the banks from row0 / segment_chunks + 2 n on, one before each of its segments and one after the last. A bank holds
+// `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries have identities: i >= 0 the i-th token that
+// leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in slot num_sinks + j.
 struct RetentionScan : BankScanForward {
-  int capacity;        // exact slots that are no sinks
+  int capacity;  // exact slots that are no sinks
   int segment_chunks;
   int segment_tokens;  // evicted tokens of a segment
-  int listed;          // of them the most that can be in a bank
+  int listed;          // of them the most that can be in a bank after it
   int64_t segments, banks;
 
-  uint64_t* list_key;     // (segments, R, listed) the best tokens of a segment, descending
-  int32_t* list_source;   // (segments, R, listed)
-  uint64_t* bank_key;     // (banks, R, capacity) descending
-  int32_t* bank_source;   // (banks, R, capacity), -1 free
-  int32_t* bank_slot;     // (banks, R, capacity) each rank's slot, without the sinks
-  int32_t* bank_until;    // (segments, R, capacity) rows of the segment for which a rank of the bank before it stays
-  int32_t* rank_after;    // (segments, R, capacity) by rank before a segment, the rank after it of what is then in that slot
-  int32_t* token_until;   // (segments, R, segment_tokens) the first row of its segment in which a token is no longer held, 0 if it never was
-  int32_t* token_place;   // (segments, R, segment_tokens) the rank before the segment whose slot it takes
-  size_t bytes;           // of these arrays
+  uint64_t* token_key;   // (segments, R, segment_tokens) descending
+  int32_t* token;        // (segments, R, segment_tokens) which of the segment's tokens that is
+  int2* token_stay;      // (segments, R, segment_tokens) in order of position: until when a token stays, 0 if it never comes in, and the rank before the segment whose slot it takes
+  uint64_t* bank_key;    // (banks, R, capacity) descending
+  int32_t* bank_id;      // (banks, R, capacity)
+  int32_t* bank_slot;    // (banks, R, capacity) each rank's slot, without the sinks
+  int32_t* bank_until;   // (segments, R, capacity) until when an entry of the bank before the segment stays
+  int32_t* rank_after;   // (segments, R, capacity) by rank before the segment: the rank after it of what is then in that slot
+  size_t bytes;          // of these arrays
   void* block_workspace;  // behind them, for blocks that outgrow shared memory
   size_t block_bytes;     // what a block of the step that is launched needs
 
@@ -39,17 +39,16 @@ struct RetentionScan : BankScanForward {
     listed = capacity < segment_tokens ? capacity : segment_tokens;
     segments = tile_bound(p.chunk_rows, p.sequences, segment_chunks);
     banks = segments + p.sequences;
-    const int64_t cuts = segments * p.gate_groups, states = banks * p.gate_groups;
+    const int64_t tokens = segments * p.gate_groups * segment_tokens, entries = banks * p.gate_groups * capacity;
     Carver carver(p.workspace);
-    list_key = carver.take<uint64_t>(cuts * listed);
-    list_source = carver.take<int32_t>(cuts * listed);
-    bank_key = carver.take<uint64_t>(states * capacity);
-    bank_source = carver.take<int32_t>(states * capacity);
-    bank_slot = carver.take<int32_t>(states * capacity);
-    bank_until = carver.take<int32_t>(cuts * capacity);
-    rank_after = carver.take<int32_t>(cuts * capacity);
-    token_until = carver.take<int32_t>(cuts * segment_tokens);
-    token_place = carver.take<int32_t>(cuts * segment_tokens);
+    token_key = carver.take<uint64_t>(tokens);
+    token = carver.take<int32_t>(tokens);
+    token_stay = carver.take<int2>(tokens);
+    bank_key = carver.take<uint64_t>(entries);
+    bank_id = carver.take<int32_t>(entries);
+    bank_slot = carver.take<int32_t>(entries);
+    bank_until = carver.take<int32_t>(entries);
+    rank_after = carver.take<int32_t>(entries);
     bytes = carver.used();
     block_workspace = carver.take<unsigned char>(0);
     block_bytes = 0;
@@ -57,12 +56,12 @@ struct RetentionScan : BankScanForward {
 };
 
 // Bytes of a block, and the steps in their order.
-size_t retention_lists_block(const RetentionScan& p);
+size_t retention_tokens_block(const RetentionScan& p);
 size_t retention_banks_block(const RetentionScan& p);
 size_t retention_walk_block(const RetentionScan& p);
-cudaError_t retention_lists(const RetentionScan& p, DType dtype, cudaStream_t stream);
+cudaError_t retention_tokens(const RetentionScan& p, DType dtype, cudaStream_t stream);
 cudaError_t retention_banks(const RetentionScan& p, cudaStream_t stream);
-cudaError_t retention_walk(const RetentionScan& p, DType dtype, cudaStream_t stream);
+cudaError_t retention_walk(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_slots(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_rows(const RetentionScan& p, cudaStream_t stream);
 
@@ -75,16 +74,19 @@ __device__ inline uint64_t ordered_key(double key) {
   return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
 
-// How many entries of a descending list are greater than key.
+// How many entries of a descending list are greater than key. No branches, and as many steps for every thread.
 __device__ inline int count_above(const uint64_t* list, int count, uint64_t key) {
-  int above = 0;
-  for (int step = count > 0 ? 1 << (31 - __clz(count)) : 0; step > 0; step >>= 1) {
-    if (above + step <= count && list[above + step - 1] > key) above += step;
+  if (count == 0) return 0;
+  const uint64_t* from = list;
+  while (count > 1) {
+    const int half = count / 2;
+    from = from[half - 1] > key ? from + half : from;
+    count -= half;
   }
-  return above;
+  return static_cast<int>(from - list) + (*from > key);
 }
 
-// One sequence as the retention scan sees it.
+// One sequence and gate group as the retention scan sees it.
 template <class A>
 struct RetentionView : ScanView<A> {
   const RetentionScan& scan;
@@ -108,6 +110,11 @@ struct RetentionView : ScanView<A> {
   // The end of the positions that have left the ring when the i-th chunk reads the banks; `evicted` or less if none has.
   __device__ int64_t evicted_end(int64_t i) const {
     return this->span.chunk_start(i, scan.chunk) - scan.window + scan.chunk;
+  }
+  // The identity of the first token of the segment that begins with chunk i; negative where nothing leaves yet.
+  __device__ int first_id(int64_t i) const { return static_cast<int>(evicted_end(i) - scan.chunk - evicted); }
+  __device__ int source_of_id(int id) const {
+    return id >= 0 ? this->source_of(evicted + id) : id == -1 ? -1 : scan.window + scan.num_sinks - 2 - id;
   }
   // The source of sink j when positions up to `end` have left the ring.
   __device__ int sink_source(int j, int64_t end) const {
@@ -137,46 +144,11 @@ struct RetentionSegment {
   }
   __device__ int used_rows() const { return clamped(view.span.chunks); }
   __device__ int64_t number() const { return tile.begin / p.segment_chunks; }
-  // The position of its first evicted token; negative where nothing leaves yet.
-  __device__ int64_t first_position() const { return view.evicted_end(tile.begin) - p.chunk; }
-  // Token c of the segment; kNotOffered for those that are no candidates.
-  __device__ uint64_t key(int c) const {
-    const int64_t position = first_position() + c;
-    if (position < view.evicted || position < p.num_sinks || c >= used_rows() * p.chunk) return kNotOffered;
-    return ordered_key(retention_key(view.gate(view.source_of(position), view.group), p.age_decay, position));
-  }
 
  private:
   __device__ int clamped(int64_t end) const {
     const int64_t left = end - tile.begin;
     return static_cast<int>(left < 0 ? 0 : left < p.segment_chunks ? left : p.segment_chunks);
-  }
-};
-
-// The tokens of a segment, each chunk in descending order.
-struct SortedChunks {
-  uint64_t* unsorted;  // (segment_tokens)
-  uint64_t* key;       // (segment_tokens)
-  int* token;          // (segment_tokens) which of the segment's tokens it is
-
-  __host__ __device__ SortedChunks(Carver& carver, int tokens)
-      : unsorted(carver.take<uint64_t>(tokens)), key(carver.take<uint64_t>(tokens)), token(carver.take<int>(tokens)) {}
-
-  // The whole block; ends with a barrier.
-  template <class A>
-  __device__ void sort(const RetentionSegment<A>& segment, int tokens, int chunk) const {
-    for (int c = threadIdx.x; c < tokens; c += blockDim.x) unsorted[c] = segment.key(c);
-    __syncthreads();
-    for (int c = threadIdx.x; c < tokens; c += blockDim.x) {
-      const int begin = c / chunk * chunk;
-      const uint64_t mine = unsorted[c];
-      int rank = begin;
-      for (int i = begin; i < c; ++i) rank += unsorted[i] > mine;
-      for (int i = c + 1; i < begin + chunk; ++i) rank += unsorted[i] >= mine;
-      key[rank] = mine;
-      token[rank] = c;
-    }
-    __syncthreads();
   }
 };
 

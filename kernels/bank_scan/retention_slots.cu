@@ -2,49 +2,56 @@
 
 #include <algorithm>
 
+#include <cuda_pipeline_primitives.h>
+
 namespace coda::kernels {
 namespace {
 
 constexpr size_t kStagedLimit = 32 * 1024;
 
 struct SlotsParams : RetentionScan {
-  int staged;  // segments whose rank_after is read at once; 0 if not even one fits
+  int staged;  // segments whose rank_after is read at once
+  bool in_shared;
 };
 
 // One block follows the slots of one sequence and gate group from bank to bank and writes the memory that is left.
 __global__ void __launch_bounds__(1024) retention_slots_kernel(SlotsParams p) {
   extern __shared__ int32_t staged[];
   const RetentionView<float> view(p, blockIdx.x / p.gate_groups, static_cast<int>(blockIdx.x % p.gate_groups));
-  const int capacity = p.capacity;
-  const int64_t count = view.segment_count(), stride = static_cast<int64_t>(p.gate_groups) * capacity;
-  const int64_t first_bank = view.bank_row(0) * capacity, last_bank = first_bank + count * stride;
+  const int capacity = p.capacity, count = static_cast<int>(view.segment_count());
+  const int64_t stride = static_cast<int64_t>(p.gate_groups) * capacity, state = view.state_exact();
   const int32_t* steps = p.rank_after + view.segment_row(0) * capacity;
-  const int64_t state = view.state_exact();
+  const int64_t first_bank = view.bank_row(0) * capacity, last_bank = first_bank + count * stride;
   for (int base = 0; base < capacity; base += blockDim.x) {
     const int j = base + threadIdx.x;
     const bool mine = j < capacity;
     const int slot = mine ? p.bank_slot[first_bank + j] : 0;
     int rank = j;
-    for (int64_t s = 0; s < count; s += p.staged ? p.staged : count) {
-      const int steps_now = static_cast<int>(p.staged ? min(static_cast<int64_t>(p.staged), count - s) : count);
-      if (p.staged) {
+    int32_t* to = p.bank_slot + first_bank;
+    for (int s = 0; s < count; s += p.staged) {
+      const int now = min(p.staged, count - s);
+      if (p.in_shared) {
         __syncthreads();
-        for (int i = threadIdx.x; i < steps_now * capacity; i += blockDim.x) {
-          staged[i] = steps[(s + i / capacity) * stride + i % capacity];
+        for (int i = warp_id(); i < now; i += warp_count()) {
+          for (int e = lane_id(); e < capacity; e += kWarp) {
+            __pipeline_memcpy_async(staged + i * capacity + e, steps + (s + i) * stride + e, sizeof(int32_t));
+          }
         }
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
         __syncthreads();
       }
-      for (int i = 0; mine && i < steps_now; ++i) {
-        rank = p.staged ? staged[i * capacity + rank] : steps[(s + i) * stride + rank];
-        p.bank_slot[first_bank + (s + i + 1) * stride + rank] = slot;
+      for (int i = 0; mine && i < now; ++i) {
+        rank = p.in_shared ? staged[i * capacity + rank] : steps[(s + i) * stride + rank];
+        to += stride;
+        to[rank] = slot;
       }
     }
     if (!mine) continue;
-    const int source = p.bank_source[last_bank + rank];
-    const bool carried = source >= p.window && source < view.held();
-    p.source[state + p.num_sinks + slot] = source;
+    const int id = p.bank_id[last_bank + rank];
+    p.source[state + p.num_sinks + slot] = view.source_of_id(id);
     p.new_exact_pos[state + p.num_sinks + slot] =
-        source < 0 ? -1 : carried ? p.exact_pos[state + source - p.window] : view.position_of(source);
+        id >= 0 ? view.evicted + id : id == -1 ? -1 : p.exact_pos[state + p.num_sinks - 2 - id];
   }
   const int64_t end = view.span.chunks > 0 ? view.evicted_end(view.span.chunks - 1) : 0;
   for (int j = threadIdx.x; j < p.num_sinks; j += blockDim.x) {
@@ -62,10 +69,12 @@ __global__ void __launch_bounds__(1024) retention_slots_kernel(SlotsParams p) {
 
 cudaError_t retention_slots(const RetentionScan& p, cudaStream_t stream) {
   const size_t bytes = p.capacity * sizeof(int32_t);
-  const int staged = bytes == 0 ? 1 : bytes > kSharedLimit ? 0 : static_cast<int>(std::max<size_t>(kStagedLimit / bytes, 1));
-  const int threads = std::clamp((p.capacity + kWarp - 1) / kWarp * kWarp, kWarp, 1024);
-  return launch(retention_slots_kernel, dim3(static_cast<unsigned>(p.sequences * p.gate_groups)), threads, staged * bytes, stream,
-                SlotsParams{p, staged});
+  const bool in_shared = bytes <= kSharedLimit;
+  const int staged = static_cast<int>(in_shared ? std::max<size_t>(kStagedLimit / std::max<size_t>(bytes, 1), 1) : 1);
+  // More threads than slots: they bring what the slots are followed through.
+  const int threads = std::clamp((p.capacity + kWarp - 1) / kWarp * kWarp, 512, 1024);
+  return launch(retention_slots_kernel, dim3(static_cast<unsigned>(p.sequences * p.gate_groups)), threads,
+                in_shared ? staged * bytes : 0, stream, SlotsParams{p, staged, in_shared});
 }
 
 }  // namespace coda::kernels
