@@ -17,11 +17,13 @@ struct SlotsParams : RetentionScan {
 // One block follows the slots of one sequence and gate group from bank to bank and writes the memory that is left.
 __global__ void __launch_bounds__(1024) retention_slots_kernel(SlotsParams p) {
   extern __shared__ int32_t staged[];
-  const RetentionView<float> view(p, blockIdx.x / p.gate_groups, static_cast<int>(blockIdx.x % p.gate_groups));
-  const int capacity = p.capacity, count = static_cast<int>(view.segment_count());
-  const int64_t stride = static_cast<int64_t>(p.gate_groups) * capacity, state = view.state_exact();
-  const int32_t* steps = p.rank_after + view.segment_row(0) * capacity;
-  const int64_t first_bank = view.bank_row(0) * capacity, last_bank = first_bank + count * stride;
+  const int group = static_cast<int>(blockIdx.x) % p.gate_groups;
+  const auto plan = SequencePlan::of(p, static_cast<int>(blockIdx.x) / p.gate_groups);
+  const int capacity = p.capacity, count = plan.segments(p);
+  const int64_t stride = static_cast<int64_t>(p.gate_groups) * capacity, state = plan.state_row(p, group) * p.exact_slots;
+  const int64_t segment = static_cast<int64_t>(plan.segment0(p)) * p.gate_groups + group;
+  const int32_t* steps = p.rank_after + segment * capacity;
+  const int64_t first_bank = (segment + plan.number * p.gate_groups) * capacity, last_bank = first_bank + count * stride;
   for (int base = 0; base < capacity; base += blockDim.x) {
     const int j = base + threadIdx.x;
     const bool mine = j < capacity;
@@ -49,19 +51,19 @@ __global__ void __launch_bounds__(1024) retention_slots_kernel(SlotsParams p) {
     }
     if (!mine) continue;
     const int id = p.bank_id[last_bank + rank];
-    p.source[state + p.num_sinks + slot] = view.source_of_id(id);
+    p.source[state + p.num_sinks + slot] = plan.source_of_id(p, id);
     p.new_exact_pos[state + p.num_sinks + slot] =
-        id >= 0 ? view.evicted + id : id == -1 ? -1 : p.exact_pos[state + p.num_sinks - 2 - id];
+        id >= 0 ? plan.evicted + id : id == -1 ? -1 : p.exact_pos[state + p.num_sinks - 2 - id];
   }
-  const int64_t end = view.span.chunks > 0 ? view.evicted_end(view.span.chunks - 1) : 0;
+  const int64_t end = plan.chunks > 0 ? plan.evicted_end(p, plan.chunks - 1) : 0;
   for (int j = threadIdx.x; j < p.num_sinks; j += blockDim.x) {
-    const int source = view.sink_source(j, end);
+    const int source = plan.sink_source(p, group, j, end);
     p.source[state + j] = source;
     p.new_exact_pos[state + j] = source < 0 ? -1 : j;
   }
   if (threadIdx.x == 0) {
-    const int64_t pinned = min(end, static_cast<int64_t>(p.num_sinks)) - view.evicted;
-    add_count(p.new_counts + 2 * view.n, pinned > 0 ? pinned : 0);
+    const int64_t pinned = min(end, static_cast<int64_t>(p.num_sinks)) - plan.evicted;
+    add_count(p.new_counts + 2 * plan.number, pinned > 0 ? pinned : 0);
   }
 }
 

@@ -5,7 +5,7 @@
 namespace coda::kernels {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kSegmentTokens;
 
 // The bank that a sequence came with, in order of rank.
 struct CarriedBank {
@@ -16,19 +16,21 @@ struct CarriedBank {
       : key(carver.take<uint64_t>(capacity)), order(carver.take<int64_t>(capacity)) {}
 
   template <class A>
-  __device__ void sort(const RetentionView<A>& view) const {
-    const auto& p = view.scan;
+  __device__ void sort(const RetentionScan& p, int n, int group) const {
+    const auto plan = SequencePlan::of(p, n);
+    const int64_t state = plan.state_row(p, group);
+    const int64_t* positions = p.exact_pos + state * p.exact_slots + p.num_sinks;
+    const A* gates = static_cast<const A*>(p.state_gate) + state * (p.window + p.exact_slots) + p.window + p.num_sinks;
     for (int j = threadIdx.x; j < p.capacity; j += blockDim.x) {
-      const int slot = p.num_sinks + j;
-      const int64_t position = p.exact_pos[view.state_exact() + slot];
-      const bool free = position < 0;
-      key[j] = free ? kFreeSlot : ordered_key(retention_key(view.gate(p.window + slot, view.group), p.age_decay, position));
-      order[j] = free ? j : position;  // arrivals take the slots of the last ranks: free ones fill in ascending order
+      const bool free = positions[j] < 0;
+      key[j] = free ? kFreeSlot : ordered_key(retention_key(gates[j], p.age_decay, positions[j]));
+      order[j] = free ? j : positions[j];  // arrivals take the slots of the last ranks: free ones fill in ascending order
     }
     __syncthreads();
-    const int64_t row = view.bank_row(0) * p.capacity;
+    const int64_t row = (static_cast<int64_t>(plan.segment0(p) + n) * p.gate_groups + group) * p.capacity;
     for (int j = threadIdx.x; j < p.capacity; j += blockDim.x) {
       int rank = 0;
+#pragma unroll 4
       for (int i = 0; i < p.capacity; ++i) rank += key[i] > key[j] || (key[i] == key[j] && order[i] > order[j]);
       p.bank_key[row + rank] = key[j];
       p.bank_id[row + rank] = key[j] == kFreeSlot ? -1 : -2 - j;
@@ -39,23 +41,26 @@ struct CarriedBank {
 
 // The tokens of a segment, sorted by merging; between equal keys the later token comes first.
 struct SegmentTokens {
+  SegmentPlan* plan;
   uint64_t *key, *other_key;  // (segment_tokens)
   int *token, *other_token;   // (segment_tokens)
 
   __host__ __device__ SegmentTokens(Carver& carver, int tokens)
-      : key(carver.take<uint64_t>(tokens)), other_key(carver.take<uint64_t>(tokens)), token(carver.take<int>(tokens)),
-        other_token(carver.take<int>(tokens)) {}
+      : plan(carver.take<SegmentPlan>(1)), key(carver.take<uint64_t>(tokens)), other_key(carver.take<uint64_t>(tokens)),
+        token(carver.take<int>(tokens)), other_token(carver.take<int>(tokens)) {}
 
   template <class A>
-  __device__ void sort(const RetentionSegment<A>& segment) const {
-    const auto& p = segment.p;
-    const auto& view = segment.view;
-    const int count = p.segment_tokens, offered = segment.used_rows() * p.chunk, id = view.first_id(segment.tile.begin);
+  __device__ void sort(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row) const {
+    const auto& sequence = plan.sequence;
+    const int count = p.segment_tokens, offered = plan.used * p.chunk, id = sequence.first_id + plan.begin * p.chunk;
+    const A* state_gate = static_cast<const A*>(p.state_gate) + sequence.state_row(p, group) * (p.window + p.exact_slots);
+    const A* gate = static_cast<const A*>(p.gate) + static_cast<int64_t>(sequence.token0) * p.gate_groups + group;
     for (int c = threadIdx.x; c < count; c += blockDim.x) {
-      const int64_t position = view.evicted + id + c;
-      const bool candidate = id + c >= 0 && position >= p.num_sinks && c < offered;
-      key[c] = candidate ? ordered_key(retention_key(view.gate(view.source_of(position), view.group), p.age_decay, position))
-                         : kNotOffered;
+      const int64_t position = sequence.evicted + id + c, fresh = position - sequence.first;
+      key[c] = kNotOffered;
+      if (id + c < 0 || position < p.num_sinks || c >= offered) continue;
+      const A logit = fresh < 0 ? state_gate[position % p.window] : gate[fresh * p.gate_groups];
+      key[c] = ordered_key(retention_key(logit, p.age_decay, position));
     }
     __syncthreads();
     for (int c = threadIdx.x; c < count; c += blockDim.x) {
@@ -90,27 +95,33 @@ struct SegmentTokens {
       to_token = tokens;
     }
     __syncthreads();
-    const int64_t row = view.segment_row(segment.number()) * count;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      p.token_key[row + i] = from_key[i];
-      p.token[row + i] = from_token[i];
+      p.token_key[row * count + i] = from_key[i];
+      p.token[row * count + i] = from_token[i];
     }
   }
 };
 
 // The first blocks order the banks that sequences came with, the others the tokens that leave the ring in a segment.
 template <class A>
-__global__ void __launch_bounds__(kThreads, 4) retention_tokens_kernel(RetentionScan p) {
+__global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
-  Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
-  const int64_t states = p.sequences * p.gate_groups;
-  if (blockIdx.x < states) {
-    const RetentionView<A> view(p, blockIdx.x / p.gate_groups, static_cast<int>(blockIdx.x % p.gate_groups));
-    CarriedBank(carver, p.capacity).sort(view);
-    return;
-  }
-  const RetentionSegment<A> segment(p, blockIdx.x - states);
-  if (segment.used_rows() > 0) SegmentTokens(carver, p.segment_tokens).sort(segment);
+  const int states = static_cast<int>(p.sequences) * p.gate_groups, block = static_cast<int>(blockIdx.x) - states;
+  const int outer = (block < 0 ? block + states : block) / p.gate_groups, group = static_cast<int>(blockIdx.x) % p.gate_groups;
+  with_block_memory(p, shared, [&](Carver& carver) {
+    if (block < 0) {
+      CarriedBank(carver, p.capacity).template sort<A>(p, outer, group);
+      return;
+    }
+    const SegmentTokens tokens(carver, p.segment_tokens);
+    if (warp_id() == 0) {
+      const auto plan = SegmentPlan::of(p, outer);
+      if (lane_id() == 0) *tokens.plan = plan;
+      if (lane_id() == 0 && group == 0) p.plan[outer] = plan;
+    }
+    __syncthreads();
+    if (tokens.plan->used > 0) tokens.template sort<A>(p, *tokens.plan, group, block);
+  });
 }
 
 }  // namespace

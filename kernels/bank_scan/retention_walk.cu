@@ -30,6 +30,8 @@ struct RankedSet {
   }
 };
 
+constexpr int kMostThreads = 640;
+
 __host__ __device__ inline int words_of(int count) { return (count + 31) / 32; }
 
 // Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of all
@@ -64,91 +66,92 @@ struct WalkMemory {
 };
 
 // One block finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes.
-__global__ void __launch_bounds__(512) retention_walk_kernel(RetentionScan p) {
+__global__ void __launch_bounds__(kMostThreads) retention_walk_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
-  Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
-  const RetentionSegment<float> segment(p, blockIdx.x);
-  if (segment.used_rows() == 0) return;
+  const int segment = static_cast<int>(blockIdx.x) / p.gate_groups, sequence = p.plan[segment].sequence.number;
+  if (p.plan[segment].used == 0) return;
   const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
   const int entries = capacity + tokens;
-  const WalkMemory work(carver, capacity, tokens, chunks);
-  const int64_t row = segment.view.segment_row(segment.number()), bank_row = segment.view.bank_row(segment.number());
-  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-    const int i = e - capacity;
-    if (i < 0) {
-      work.bank[e] = p.bank_key[bank_row * capacity + e];
-    } else {
-      work.key[i] = p.token_key[row * tokens + i];
-      work.token[i] = p.token[row * tokens + i];
-    }
-  }
-  __syncthreads();
-  // Between equal keys the later token comes first.
-  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-    const int i = e - capacity;
-    const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1) : i + count_above(work.bank, capacity, work.key[i]);
-    work.place[e] = place;
-    work.born[place] = i < 0 ? 0 : work.token[i] / chunk;
-  }
-  __syncthreads();
-  for (int w = warp_id(); w < work.words; w += warp_count()) {
-    const int place = 32 * w + lane_id();
-    const int born = place < entries ? work.born[place] : chunks;
-    for (int b = 0; b < chunks; ++b) {
-      const unsigned mask = __ballot_sync(kAllLanes, born <= b);
-      if (lane_id() == 0) work.come(b).member[w] = mask;
-    }
-  }
-  __syncthreads();
-  for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(work.words);
-  __syncthreads();
-  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-    const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : work.token[i] / chunk;
-    int low = born, high = chunks;
-    while (low < high) {
-      const int b = (low + high) / 2;
-      if (work.come(b).below(place) >= capacity) {
-        high = b;
+  const int64_t row = blockIdx.x, bank_row = row + static_cast<int64_t>(sequence) * p.gate_groups;
+  with_block_memory(p, shared, [&](Carver& carver) {
+    const WalkMemory work(carver, capacity, tokens, chunks);
+    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+      const int i = e - capacity;
+      if (i < 0) {
+        work.bank[e] = p.bank_key[bank_row * capacity + e];
       } else {
-        low = b + 1;
+        work.key[i] = p.token_key[row * tokens + i];
+        work.token[i] = p.token[row * tokens + i];
       }
     }
-    const bool arrives = i >= 0 && low > born;
-    if (i >= 0) work.arrives[work.token[i]] = arrives;
-    work.until[e] = i < 0 || arrives ? low : 0;
-    work.rank[e] = low > 0 ? work.come(low - 1).below(place) : e;
-  }
-  __syncthreads();
-  for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
-    const int c = 32 * w + lane_id();
-    const unsigned mask = __ballot_sync(kAllLanes, c < tokens && work.arrives[c]);
-    if (lane_id() == 0) work.arrival_member[w] = mask;
-  }
-  __syncthreads();
-  const auto arrivals = work.arrivals();
-  if (warp_id() == 0) arrivals.count(words_of(tokens));
-  __syncthreads();
-  // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of the
-  // segment, if what leaves is numbered on from chunk to chunk.
-  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-    const int until = work.until[e];
-    if (until < chunks && (e < capacity || until > 0)) {
-      work.leaver[arrivals.below(until * chunk) + capacity - 1 - work.rank[e]] = e;
+    __syncthreads();
+    // Between equal keys the later token comes first.
+    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+      const int i = e - capacity;
+      const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1) : i + count_above(work.bank, capacity, work.key[i]);
+      work.place[e] = place;
+      work.born[place] = i < 0 ? 0 : work.token[i] / chunk;
     }
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-    const int until = work.until[e], i = e - capacity;
-    int held = e;
-    while (until > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
-    if (i < 0) {
-      p.bank_until[row * capacity + e] = until;
-    } else {
-      p.token_stay[row * tokens + work.token[i]] = {until, held};
+    __syncthreads();
+    for (int w = warp_id(); w < work.words; w += warp_count()) {
+      const int place = 32 * w + lane_id();
+      const int born = place < entries ? work.born[place] : chunks;
+      for (int b = 0; b < chunks; ++b) {
+        const unsigned mask = __ballot_sync(kAllLanes, born <= b);
+        if (lane_id() == 0) work.come(b).member[w] = mask;
+      }
     }
-    if (until == chunks) p.rank_after[row * capacity + held] = work.rank[e];
-  }
-  if (threadIdx.x == 0) add_count(p.new_counts + 2 * segment.view.n, arrivals.before[words_of(tokens)]);
+    __syncthreads();
+    for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(work.words);
+    __syncthreads();
+    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+      const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : work.token[i] / chunk;
+      int low = born, high = chunks;
+      while (low < high) {
+        const int b = (low + high) / 2;
+        if (work.come(b).below(place) >= capacity) {
+          high = b;
+        } else {
+          low = b + 1;
+        }
+      }
+      const bool arrives = i >= 0 && low > born;
+      if (i >= 0) work.arrives[work.token[i]] = arrives;
+      work.until[e] = i < 0 || arrives ? low : 0;
+      work.rank[e] = low > 0 ? work.come(low - 1).below(place) : e;
+    }
+    __syncthreads();
+    for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
+      const int c = 32 * w + lane_id();
+      const unsigned mask = __ballot_sync(kAllLanes, c < tokens && work.arrives[c]);
+      if (lane_id() == 0) work.arrival_member[w] = mask;
+    }
+    __syncthreads();
+    const auto arrivals = work.arrivals();
+    if (warp_id() == 0) arrivals.count(words_of(tokens));
+    __syncthreads();
+    // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of the
+    // segment, if what leaves is numbered on from chunk to chunk.
+    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+      const int until = work.until[e];
+      if (until < chunks && (e < capacity || until > 0)) {
+        work.leaver[arrivals.below(until * chunk) + capacity - 1 - work.rank[e]] = e;
+      }
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+      const int until = work.until[e], i = e - capacity;
+      int held = e;
+      while (until > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
+      if (i < 0) {
+        p.bank_until[row * capacity + e] = until;
+      } else {
+        p.token_stay[row * tokens + work.token[i]] = {until, held};
+      }
+      if (until == chunks) p.rank_after[row * capacity + held] = work.rank[e];
+    }
+    if (threadIdx.x == 0) add_count(p.new_counts + 2 * sequence, arrivals.before[words_of(tokens)]);
+  });
 }
 
 }  // namespace
@@ -162,7 +165,7 @@ size_t retention_walk_block(const RetentionScan& p) {
 cudaError_t retention_walk(const RetentionScan& scan, cudaStream_t stream) {
   RetentionScan p = scan;
   p.block_bytes = retention_walk_block(scan);
-  const int threads = std::clamp((p.capacity + p.segment_tokens + kWarp - 1) / kWarp * kWarp, kWarp, 512);
+  const int threads = std::clamp((p.capacity + p.segment_tokens + kWarp - 1) / kWarp * kWarp, kWarp, kMostThreads);
   return launch(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), threads,
                 shared_part(p.block_bytes), stream, p);
 }
