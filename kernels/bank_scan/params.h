@@ -39,7 +39,7 @@ struct BankScanParams {
 };
 
 struct BankScanForward : BankScanParams {
-  int32_t* index;          // out (NC, R, Me), -1 before. A source keeps its slot for as long as it stays
+  int32_t* index;          // out (NC, R, Me), -1 before with the novelty policy. A source keeps its slot for as long as it stays
   void* summary_k;         // out (NC, Hkv, Ms, D) A, zero before
   void* summary_v;         // out (NC, Hkv, Ms, D) A, zero before
   void* summary_mass;      // out (NC, Ms) A, zero before

@@ -78,7 +78,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tenso
   const auto& held = problem.state;
   const auto int32 = k.options().dtype(at::kInt);
   const auto fresh = [](const at::Tensor& t) { return at::empty(t.sizes(), t.options()); };
-  const auto index = at::full({p.chunk_rows, p.gate_groups, p.exact_slots}, -1, int32);
+  const auto index_shape = {p.chunk_rows, static_cast<int64_t>(p.gate_groups), static_cast<int64_t>(p.exact_slots)};
+  const auto index = p.novelty ? at::full(index_shape, -1, int32) : at::empty(index_shape, int32);  // retention writes every row
   const auto summary_k = at::zeros({p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, held.summary_k.options());
   const auto summary_v = at::zeros_like(summary_k);
   const auto summary_mass = at::zeros({p.chunk_rows, p.summary_slots}, held.summary_mass.options());

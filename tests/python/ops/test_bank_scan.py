@@ -1,15 +1,16 @@
 """bank_scan: what every chunk reads from the banks, and the memory afterwards."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from cases import (CONFIGS, CORNERS, Case, assert_same_memory, cases, compiled, contents, cpu, examples, few_examples, flat,
+from cases import (CONFIGS, CORNERS, Case, Shape, assert_same_memory, cases, compiled, contents, cpu, examples, few_examples, flat,
                    gradients, prototypes, repeatable, vacant)
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
-from coda_attn import State, functional as F
+from coda_attn import CodaConfig, State, functional as F
 
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -86,6 +87,120 @@ class TestAgainstTheReference:
     def test_gradients(self, device, case):
         p = case.make()
         assert_close(cpu(gradients(p.to(device), outputs(lambda p: p.scan()))), gradients(p, outputs(lambda p: p.reference_scan())))
+
+
+MANY_CHUNKS = {
+    "default proportions": CodaConfig(window=32, chunk=4, exact_slots=20, num_sinks=3, bank_distance=64),
+    "shared gates": CodaConfig(window=32, chunk=8, exact_slots=90, num_sinks=4, gates="shared", bank_distance=64),
+    "chunks of one": CodaConfig(window=3, chunk=1, exact_slots=6, num_sinks=1, bank_distance=None),
+    "a chunk as long as the window": CodaConfig(window=40, chunk=40, exact_slots=33, num_sinks=0, bank_distance=None),
+    "chunks of hundreds": CodaConfig(window=600, chunk=300, exact_slots=70, num_sinks=2, bank_distance=600),
+    "more slots than tokens": CodaConfig(window=8, chunk=4, exact_slots=1500, num_sinks=2, bank_distance=None),
+    "one slot beside the sinks": CodaConfig(window=16, chunk=8, exact_slots=3, num_sinks=2, bank_distance=None),
+    "nothing but sinks": CodaConfig(window=16, chunk=8, exact_slots=3, num_sinks=3, bank_distance=None),
+    "keys that do not age": CodaConfig(window=32, chunk=4, exact_slots=20, num_sinks=3, age_decay=0.0, bank_distance=64),
+}
+GATES = {
+    "random": lambda gate: gate,
+    "constant": lambda gate: torch.full_like(gate, 0.25),
+    "with ties": lambda gate: gate.round(),
+    "falling": lambda gate: -0.01 * torch.arange(len(gate), dtype=gate.dtype)[:, None].expand_as(gate),
+    "not always numbers": lambda gate: gate.round().masked_fill(gate > 1, torch.nan).masked_fill(gate < -2, -torch.inf),
+}
+
+
+def retained(p, n, r):
+    """What each chunk of sequence n reads from the bank of gate group r, from the rule itself: the sinks' sources and those of the
+    other slots in ascending order, chunk by chunk, and how many tokens came in."""
+    c, (a, b) = p.config, p.cu_seqlens[n:n + 2].tolist()
+    seen, free = int(p.state.tokens_seen[n]), c.exact_slots - c.num_sinks
+    positions = p.state.exact_pos[n, r]
+    held = c.num_sinks + (positions[c.num_sinks:] >= 0).nonzero()[:, 0]
+    sinks = torch.where(positions[:c.num_sinks] >= 0, c.window + torch.arange(c.num_sinks), -1)
+
+    def entries(position, gate, source):
+        key = gate.double() + c.age_decay * position.double()
+        return torch.stack([key.nan_to_num(-torch.inf, torch.inf, -torch.inf), position.double(), source.double()])
+
+    pool = entries(positions[held], p.state.gate[n, r, c.window + held], c.window + held)
+    entered = 0
+    for start in range(seen // c.chunk * c.chunk, seen + b - a, c.chunk) if b > a else ():
+        if start >= max(seen, c.window):
+            position = torch.arange(start - c.window, start - c.window + c.chunk)
+            fresh = position >= seen
+            source = torch.where(fresh, c.window + c.exact_slots + position - seen, position % c.window)
+            gate = torch.where(fresh, p.gate[(a + position - seen).clamp(min=a), r], p.state.gate[n, r, position % c.window])
+            pinned = int((position < c.num_sinks).sum())
+            sinks = sinks.index_copy(0, position[:pinned], source[:pinned])
+            pool = torch.cat([pool, entries(position[pinned:], gate[pinned:], source[pinned:])], 1)
+            pool = pool[:, pool[1].argsort(descending=True)]
+            pool = pool[:, pool[0].sort(descending=True, stable=True).indices[:free]]
+            entered += pinned + int((pool[1] >= position[0]).sum())
+        yield sinks, torch.cat([torch.full((free - pool.shape[1],), -1), pool[2].long().sort().values]), entered
+
+
+class TestRetentionOverManyChunks:
+    """Sequences long enough that a scan may cut them into pieces."""
+
+    @pytest.fixture(params=MANY_CHUNKS.values(), ids=MANY_CHUNKS)
+    def config(self, request):
+        return request.param
+
+    @pytest.fixture(params=GATES.values(), ids=GATES)
+    def problem(self, request, config):
+        p = Case(config, shape=Shape(2, 2, 2), seen=(0, 70, 3, 0, 45), fresh=(1700, 0, 5, 1, 900)).make()
+        return dataclasses.replace(p, gate=request.param(p.gate))
+
+    def test_every_chunk_reads_the_best_tokens_before_it(self, device, config, problem):
+        (index, *_), state = scan(problem, device)
+        rows = torch.full_like(index, -1)
+        entered = torch.zeros(len(state.tokens_seen), dtype=torch.int64)
+        for n, r in itertools.product(range(len(entered)), range(index.shape[1])):
+            row, inserts = int(problem.cu_seqlens[n]) // config.chunk + 2 * n, 0
+            for sinks, others, inserts_so_far in retained(problem, n, r):
+                rows[row, r] = torch.cat([sinks, others])
+                row, inserts = row + 1, inserts_so_far
+            entered[n] += inserts
+        assert torch.equal(index[..., :config.num_sinks], rows[..., :config.num_sinks])
+        assert torch.equal(index[..., config.num_sinks:].sort(-1).values, rows[..., config.num_sinks:])
+        assert torch.equal(state.counts[:, 0], problem.state.counts[:, 0] + entered)
+
+    def test_a_source_keeps_its_slot(self, device, config, problem):
+        (index, *_), state = scan(problem, device)
+        for n, length in enumerate(problem.cu_seqlens.diff().tolist()):
+            row = int(problem.cu_seqlens[n]) // config.chunk + 2 * n
+            mine = index[row:row + length // config.chunk + 2].transpose(0, 1)  # (R, rows, Me)
+            for r, held in enumerate(mine):
+                before = torch.where(problem.state.exact_pos[n, r] >= 0, config.window + torch.arange(config.exact_slots), -1)
+                slots = torch.arange(config.exact_slots).expand(len(held) + 1, -1)
+                held = torch.cat([before[None], held])
+                pairs = torch.stack([held[held >= 0], slots[held >= 0]]).unique(dim=1)
+                assert len(pairs[0].unique()) == pairs.shape[1]
+
+    def test_the_memory_is_what_the_last_chunk_would_read(self, device, config, problem):
+        (index, *_), state = scan(problem, device)
+        for n, length in enumerate(problem.cu_seqlens.diff().tolist()):
+            seen, first = int(state.tokens_seen[n]), int(problem.state.tokens_seen[n])
+            if length == 0:
+                assert torch.equal(state.exact_pos[n], problem.state.exact_pos[n])
+                continue
+            last = int(problem.cu_seqlens[n]) // config.chunk + 2 * n + (seen - 1) // config.chunk - first // config.chunk
+            for r, source in enumerate(index[last].long()):
+                fresh = source - config.window - config.exact_slots + first
+                ring = first - 1 - (first - 1 - source) % config.window
+                carried = problem.state.exact_pos[n, r][(source - config.window).clamp(0, config.exact_slots - 1)]
+                position = torch.where(source >= config.window + config.exact_slots, fresh,
+                                       torch.where(source >= config.window, carried, ring))
+                assert torch.equal(state.exact_pos[n, r], torch.where(source >= 0, position, -1))
+
+    def test_a_sequence_does_not_depend_on_the_others(self, device, config, problem):
+        p = problem.to(device)
+        (index, *_), state = p.scan()
+        for n, length in enumerate(p.cu_seqlens.diff().tolist()):
+            (alone, *_), own = p.sequence(n).scan()
+            row, rows = int(p.cu_seqlens[n]) // config.chunk + 2 * n, length // config.chunk + 1
+            assert torch.equal(alone[:rows], index[row:row + rows])
+            assert torch.equal(own.exact_pos[0], state.exact_pos[n])
 
 
 class TestMemory:

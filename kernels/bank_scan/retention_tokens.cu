@@ -1,0 +1,144 @@
+#include "retention_segments.cuh"
+
+#include <algorithm>
+
+namespace coda::kernels {
+namespace {
+
+constexpr int kThreads = kSegmentTokens;
+
+// The bank that a sequence came with, in order of rank.
+struct CarriedBank {
+  uint64_t* key;   // (capacity)
+  int64_t* order;  // (capacity) decides between equal keys
+
+  __host__ __device__ CarriedBank(Carver& carver, int capacity)
+      : key(carver.take<uint64_t>(capacity)), order(carver.take<int64_t>(capacity)) {}
+
+  template <class A>
+  __device__ void sort(const RetentionScan& p, int n, int group) const {
+    const auto plan = SequencePlan::of(p, n);
+    const int64_t state = plan.state_row(p, group);
+    const int64_t* positions = p.exact_pos + state * p.exact_slots + p.num_sinks;
+    const A* gates = static_cast<const A*>(p.state_gate) + state * (p.window + p.exact_slots) + p.window + p.num_sinks;
+    for (int j = threadIdx.x; j < p.capacity; j += blockDim.x) {
+      const bool free = positions[j] < 0;
+      key[j] = free ? kFreeSlot : ordered_key(retention_key(gates[j], p.age_decay, positions[j]));
+      order[j] = free ? j : positions[j];  // arrivals take the slots of the last ranks: free ones fill in ascending order
+    }
+    __syncthreads();
+    const int64_t row = (static_cast<int64_t>(plan.segment0(p) + n) * p.gate_groups + group) * p.capacity;
+    for (int j = threadIdx.x; j < p.capacity; j += blockDim.x) {
+      int rank = 0;
+#pragma unroll 4
+      for (int i = 0; i < p.capacity; ++i) rank += key[i] > key[j] || (key[i] == key[j] && order[i] > order[j]);
+      p.bank_key[row + rank] = key[j];
+      p.bank_id[row + rank] = key[j] == kFreeSlot ? -1 : -2 - j;
+      p.bank_slot[row + rank] = j;
+    }
+  }
+};
+
+// The tokens of a segment, sorted by merging; between equal keys the later token comes first.
+struct SegmentTokens {
+  SegmentPlan* plan;
+  uint64_t *key, *other_key;  // (segment_tokens)
+  int *token, *other_token;   // (segment_tokens)
+
+  __host__ __device__ SegmentTokens(Carver& carver, int tokens)
+      : plan(carver.take<SegmentPlan>(1)), key(carver.take<uint64_t>(tokens)), other_key(carver.take<uint64_t>(tokens)),
+        token(carver.take<int>(tokens)), other_token(carver.take<int>(tokens)) {}
+
+  template <class A>
+  __device__ void sort(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row) const {
+    const auto& sequence = plan.sequence;
+    const int count = p.segment_tokens, offered = plan.used * p.chunk, id = sequence.first_id + plan.begin * p.chunk;
+    const A* state_gate = static_cast<const A*>(p.state_gate) + sequence.state_row(p, group) * (p.window + p.exact_slots);
+    const A* gate = static_cast<const A*>(p.gate) + static_cast<int64_t>(sequence.token0) * p.gate_groups + group;
+    for (int c = threadIdx.x; c < count; c += blockDim.x) {
+      const int64_t position = sequence.evicted + id + c, fresh = position - sequence.first;
+      key[c] = kNotOffered;
+      if (id + c < 0 || position < p.num_sinks || c >= offered) continue;
+      const A logit = fresh < 0 ? state_gate[position % p.window] : gate[fresh * p.gate_groups];
+      key[c] = ordered_key(retention_key(logit, p.age_decay, position));
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < count; c += blockDim.x) {
+      const int begin = c / kWarp * kWarp, end = min(begin + kWarp, count);
+      const uint64_t mine = key[c];
+      int rank = begin;
+#pragma unroll 8
+      for (int i = begin; i < end; ++i) rank += key[i] > mine - (i > c);
+      other_key[rank] = mine;
+      other_token[rank] = c;
+    }
+    const uint64_t* from_key = other_key;
+    const int* from_token = other_token;
+    uint64_t* to_key = key;
+    int* to_token = token;
+    for (int width = kWarp; width < count; width *= 2) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        const uint64_t mine = from_key[i];
+        const bool right = i & width;
+        const int begin = right ? (i & ~(2 * width - 1)) : (i & ~(width - 1)) + width;
+        const int size = max(min(width, count - begin), 0);
+        const int rank = i - (right ? width : 0) + count_above(from_key + begin, size, right ? mine : mine - 1);
+        to_key[rank] = mine;
+        to_token[rank] = from_token[i];
+      }
+      uint64_t* const keys = const_cast<uint64_t*>(from_key);
+      int* const tokens = const_cast<int*>(from_token);
+      from_key = to_key;
+      from_token = to_token;
+      to_key = keys;
+      to_token = tokens;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      p.token_key[row * count + i] = from_key[i];
+      p.token[row * count + i] = from_token[i];
+    }
+  }
+};
+
+// The first blocks order the banks that sequences came with, the others the tokens that leave the ring in a segment.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(RetentionScan p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int states = static_cast<int>(p.sequences) * p.gate_groups, block = static_cast<int>(blockIdx.x) - states;
+  const int outer = (block < 0 ? block + states : block) / p.gate_groups, group = static_cast<int>(blockIdx.x) % p.gate_groups;
+  with_block_memory(p, shared, [&](Carver& carver) {
+    if (block < 0) {
+      CarriedBank(carver, p.capacity).template sort<A>(p, outer, group);
+      return;
+    }
+    const SegmentTokens tokens(carver, p.segment_tokens);
+    if (warp_id() == 0) {
+      const auto plan = SegmentPlan::of(p, outer);
+      if (lane_id() == 0) *tokens.plan = plan;
+      if (lane_id() == 0 && group == 0) p.plan[outer] = plan;
+    }
+    __syncthreads();
+    if (tokens.plan->used > 0) tokens.template sort<A>(p, *tokens.plan, group, block);
+  });
+}
+
+}  // namespace
+
+size_t retention_tokens_block(const RetentionScan& p) {
+  Carver bank(nullptr), tokens(nullptr);
+  CarriedBank(bank, p.capacity);
+  SegmentTokens(tokens, p.segment_tokens);
+  return std::max(bank.used(), tokens.used());
+}
+
+cudaError_t retention_tokens(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
+  RetentionScan p = scan;
+  p.block_bytes = retention_tokens_block(scan);
+  const dim3 grid(static_cast<unsigned>((p.sequences + p.segments) * p.gate_groups));
+  const auto kernel = dtype == DType::kFloat64 ? retention_tokens_kernel<double> : retention_tokens_kernel<float>;
+  return launch(kernel, grid, kThreads, shared_part(p.block_bytes), stream, p);
+}
+
+}  // namespace coda::kernels
