@@ -146,8 +146,10 @@ __global__ void __launch_bounds__(kWarps * kWarp) summary_kernel(BankScanBackwar
 
     const auto gate_of = [&](int c) { return sigmoid(view.gate(view.source_of(evicted + c), 0)); };
     const auto members = [&](auto f) {
-      for (int c = 0; c < p.chunk; ++c) {
-        if (p.assignment[row * p.chunk + c] == slot) f(c);
+      for (int base = 0; base < p.chunk; base += kWarp) {
+        const int mine = base + lane_id();
+        unsigned left = __ballot_sync(kAllLanes, mine < p.chunk && p.assignment[row * p.chunk + mine] == slot);
+        for (; left != 0; left &= left - 1) f(base + __ffs(left) - 1);
       }
     };
     A mass = A(0), mean_k[kPairs][2] = {}, mean_v[kPairs][2] = {};

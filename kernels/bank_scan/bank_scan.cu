@@ -1,6 +1,7 @@
 #include "../common/launch.cuh"
 #include "../common/rotation.cuh"
 #include "scan_view.cuh"
+#include "sm90/steps.h"
 #include "steps.h"
 
 #include <algorithm>
@@ -71,6 +72,11 @@ bool wide_rows(const BankScanForward& p) {
   return bits % 16 == 0;
 }
 
+// The banks that clusters serve on this device.
+sm90::Banks in_clusters(const BankScanParams& params, DType dtype) {
+  return device_capability() == 90 ? sm90::banks_served(params, dtype) : sm90::Banks{false, false};
+}
+
 }  // namespace
 
 cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStream_t stream) {
@@ -84,17 +90,25 @@ cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStrea
 
 size_t bank_scan_workspace(const BankScanParams& params, DType dtype) {
   // The steps run one after the other and share it.
-  size_t bytes = params.novelty ? novelty_scan_workspace(params, dtype) : retention_scan_workspace(params);
-  if (params.summary_slots > 0) bytes = std::max(bytes, summary_scan_workspace(params, dtype));
+  const auto clusters = in_clusters(params, dtype);
+  size_t bytes = clusters ? sm90::scan_banks_workspace(params, clusters) : 0;
+  if (!clusters.exact) {
+    bytes = std::max(bytes, params.novelty ? novelty_scan_workspace(params, dtype) : retention_scan_workspace(params));
+  }
+  if (params.summary_slots > 0 && !clusters.summary) bytes = std::max(bytes, summary_scan_workspace(params, dtype));
   return bytes;
 }
 
 cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaStream_t stream) {
-  if (params.exact_slots > 0) {
+  const auto clusters = in_clusters(params, dtype);
+  if (clusters) {
+    if (const auto status = sm90::scan_banks(params, dtype, clusters, stream); status != cudaSuccess) return status;
+  }
+  if (params.exact_slots > 0 && !clusters.exact) {
     const auto status = params.novelty ? novelty_scan(params, dtype, stream) : retention_scan(params, dtype, stream);
     if (status != cudaSuccess) return status;
   }
-  if (params.summary_slots > 0) {
+  if (params.summary_slots > 0 && !clusters.summary) {
     if (const auto status = summary_scan(params, dtype, stream); status != cudaSuccess) return status;
   }
   return copy_new_state(params, dtype, stream);

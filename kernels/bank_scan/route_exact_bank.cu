@@ -1,6 +1,7 @@
 #include "../common/launch.cuh"
 #include "launch.h"
 #include "novelty.cuh"
+#include "sm90/steps.h"
 
 namespace coda::kernels {
 namespace {
@@ -85,6 +86,7 @@ size_t route_exact_bank_workspace(const RouteExactBankParams& params, DType dtyp
 }
 
 cudaError_t route_exact_bank(const RouteExactBankParams& params, DType dtype, cudaStream_t stream) {
+  if (device_capability() == 90 && sm90::serves(params, dtype)) return sm90::route_exact_bank(params, dtype, stream);
   return dispatch(dtype, [&](auto zero) {
     return launch(route_exact_bank_kernel<decltype(zero)>, dim3(static_cast<unsigned>(params.batch)), kThreads,
                   shared_part(layout_bytes(params, dtype)), stream, params);

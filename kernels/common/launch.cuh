@@ -17,6 +17,15 @@ inline int fit_warps(size_t fixed_bytes, size_t bytes_per_warp) {
   return warps;
 }
 
+// 10 * major + minor of the current device, 0 where there is none.
+inline int device_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
+
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared, cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;

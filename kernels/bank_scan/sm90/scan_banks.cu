@@ -1,0 +1,68 @@
+#include "exact_scan.cuh"
+#include "summary_scan.cuh"
+
+#include <algorithm>
+
+namespace coda::kernels::sm90 {
+namespace {
+
+constexpr int kThreads = 512;
+
+// The clusters of the summary bank, which take longer, come first; then those of the exact bank, one of each for each sequence.
+template <class T, int kParts>
+__global__ void __launch_bounds__(kThreads) scan_banks_kernel(BankScan p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ uint64_t barriers[2];
+  const int64_t cluster = blockIdx.x / p.kv_heads, summaries = p.banks.summary ? p.sequences : 0;
+  if (cluster < summaries) {
+    SummaryScan<T, kParts>(p, cluster, shared, barriers).run();
+  } else {
+    scan_exact_bank<T, kParts>(p, cluster - summaries, shared, barriers);
+  }
+}
+
+template <class T>
+size_t exact_bytes(const BankScanParams& p) {
+  Carver sizes(nullptr);
+  ExactLayout<T>(sizes, p);
+  return sizes.used();
+}
+template <class T>
+size_t summary_bytes(const BankScanParams& p) {
+  return p.dim == 64 ? SummaryShared<T, 64>::bytes(p.kv_heads) : SummaryShared<T, 128>::bytes(p.kv_heads);
+}
+
+bool aligned(const void* rows) { return reinterpret_cast<uintptr_t>(rows) % 16 == 0; }
+
+}  // namespace
+
+Banks banks_served(const BankScanParams& p, DType dtype) {
+  using T = __nv_bfloat16;  // layouts are those of float16
+  const bool scan = (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (p.dim == 64 || p.dim == 128) &&
+                    p.kv_heads <= kClusterBlocks && p.chunk <= kThreads && aligned(p.v) && aligned(p.state_v);
+  if (!scan) return {false, false};
+  return {p.novelty && p.exact_slots > 0 && p.exact_slots <= kPerLane * kWarp && p.exact_candidates <= kExactCandidates &&
+              exact_bytes<T>(p) <= kClusterShared,
+          p.summary_slots > 0 && p.summary_slots <= kSummaryRows && p.chunk <= kSummaryRows && !p.low_freq_key &&
+              aligned(p.kbar) && aligned(p.state_kbar) && summary_bytes<T>(p) <= kClusterShared};
+}
+
+size_t scan_banks_workspace(const BankScanParams& p, Banks banks) {
+  Carver sizes(nullptr);
+  CandidateLists(sizes, p, banks);
+  return sizes.used();
+}
+
+cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, cudaStream_t stream) {
+  const BankScan p{params, banks};
+  if (const auto status = list_candidates(p, dtype, stream); status != cudaSuccess) return status;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = p.dim == 64 ? scan_banks_kernel<T, 2> : scan_banks_kernel<T, 4>;
+    const size_t shared = std::max(banks.exact ? exact_bytes<T>(p) : 0, banks.summary ? summary_bytes<T>(p) : 0);
+    return launch_clusters(kernel, p.sequences * (banks.exact + banks.summary), p.kv_heads, kThreads, shared, stream, p);
+  };
+  return dtype == DType::kBFloat16 ? run(__nv_bfloat16{}) : run(__half{});
+}
+
+}  // namespace coda::kernels::sm90
