@@ -23,7 +23,7 @@ _LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072, 1048576)
 _TRAINED = (2048, 8192, 16384)  # those among them for training steps
 _LONGEST_QUADRATIC, _LONGEST_PEER = 131072, 8192
 _RAGGED, _SEQUENCES = 32768, 16
-_SEGMENT = 8192  # tokens read at once: the op's own default, and what the layer is given of a longer input
+_SEGMENT, _PIECE = 32768, 8192  # tokens read at once: by default by the op, and what the layer is given of a longer input
 _SECONDS = 0.2  # of runs of each competitor
 _PRESETS = {"default": CodaConfig(), "paper": CodaConfig.paper("medium")}
 _WINDOW = 384  # of the sliding window: the slots of both
@@ -213,7 +213,7 @@ class _Layer:
     def read(self, x: Tensor) -> Tensor:
         """The same piece by piece with a cache, as prompts are read; only the last output is kept."""
         self.config.coda_mode, cache = "bounded", CodaCache(self.config)
-        for piece in x.split(_SEGMENT, 1):
+        for piece in x.split(_PIECE, 1):
             y, _ = self.module(piece, past_key_values=cache)
         return y
 

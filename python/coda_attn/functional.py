@@ -76,7 +76,7 @@ def bounded_attention(q: Tensor, k: Tensor, v: Tensor, lam: Optional[Tensor], th
                       state: State, *, inv_freq: Tensor, config: CodaConfig = CodaConfig(),
                       norm_weight: Optional[Tensor] = None, eta_logit: Optional[Tensor] = None,
                       cu_seqlens: Optional[Tensor] = None, scale: Optional[float] = None,
-                      segment: int = 8192) -> tuple[Tensor, State]:
+                      segment: int = 32768) -> tuple[Tensor, State]:
     """Reads any number of new tokens from any state: bank scan and attention over its snapshots, differentiable.
 
     Args:

@@ -42,7 +42,7 @@ CODA_API std::tuple<at::Tensor, State> bounded_forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
     const std::optional<at::Tensor>& cu_seqlens, const State& state, const std::optional<at::Tensor>& eta_logit,
-    const at::Tensor& inv_freq, const MemoryOptions& memory, const AttentionOptions& attention, int64_t segment = 8192);
+    const at::Tensor& inv_freq, const MemoryOptions& memory, const AttentionOptions& attention, int64_t segment = 32768);
 
 // One token per sequence, state mutated in place: q (N, H, D), k and v (N, Hkv, D), gate (N, R), lam (N, H). No autograd.
 CODA_API at::Tensor decode_step_(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
