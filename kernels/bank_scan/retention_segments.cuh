@@ -31,6 +31,7 @@ struct RetentionScan : BankScanForward {
   uint64_t* bank_key;     // (banks, R, capacity) descending
   int32_t* bank_id;       // (banks, R, capacity)
   int32_t* bank_slot;     // (banks, R, capacity) each rank's slot, without the sinks
+  int32_t* bank_rank;     // (banks, R, capacity) each slot's rank
   int32_t* bank_until;    // (segments, R, capacity) until when an entry of the bank before the segment stays
   int32_t* rank_after;    // (segments, R, capacity) by rank before the segment: the rank after it of what is then in that slot
   size_t bytes;           // of these arrays
@@ -131,6 +132,7 @@ inline RetentionScan::RetentionScan(const BankScanForward& p) : BankScanForward(
   bank_key = carver.take<uint64_t>(entries);
   bank_id = carver.take<int32_t>(entries);
   bank_slot = carver.take<int32_t>(entries);
+  bank_rank = carver.take<int32_t>(entries);
   bank_until = carver.take<int32_t>(entries);
   rank_after = carver.take<int32_t>(entries);
   bytes = carver.used();
