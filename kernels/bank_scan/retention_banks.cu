@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kAhead = 4;  // lists on their way at once
 
-// As count_above, with half as many loads one after the other: one block alone on its multiprocessor waits, it does not lack bandwidth.
+// As count_above, with half as many loads one after the other: a block that is alone on its multiprocessor waits for each.
 __device__ inline int count_above_in_quarters(const uint64_t* list, int count, uint64_t key) {
   const uint64_t* from = list;
   while (count > 4) {

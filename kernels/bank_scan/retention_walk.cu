@@ -45,8 +45,8 @@ struct WalkMemory {
   int* born;         // (entries), by place: the chunk that brings it, 0 for the bank
   unsigned* member;  // (segment_chunks, words) of the sets: places that the bank or the chunks up to this one bring
   int* before;       // (segment_chunks, words + 1)
-  int2* stay;        // (entries) the first chunk in which an entry is no longer held, 0 for tokens that never were, and the last rank
-                     // that it has while it is held
+  int2* stay;        // (entries) the first chunk in which an entry is no longer held, 0 for tokens that never were, and its last
+                     // rank before
   int* arrives;      // (segment_tokens) whether a token does; where born was
   unsigned* arrival_member;  // (words) of the set of tokens that do
   int* arrival_before;       // (words + 1)
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(Retenti
     // Between equal keys the later token comes first.
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int i = e - capacity;
-      const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1) : i + count_above(work.bank, capacity, work.key[i]);
+      const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1)
+                              : i + count_above(work.bank, capacity, work.key[i]);
       work.place[e] = place;
       work.born[place] = i < 0 ? 0 : work.token[i] / chunk;
     }
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(Retenti
     const auto arrivals = work.arrivals();
     if (warp_id() == 0) arrivals.count(words_of(tokens));
     __syncthreads();
-    // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of the
-    // segment, if what leaves is numbered on from chunk to chunk.
+    // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of
+    // the segment, if what leaves is numbered on from chunk to chunk.
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int2 stay = work.stay[e];
       if (stay.x < chunks && (e < capacity || stay.x > 0)) {
