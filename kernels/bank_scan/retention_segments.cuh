@@ -12,10 +12,10 @@ constexpr int kSegmentTokens = 512;
 
 struct SegmentPlan;
 
-// The retention scan cut into segments of some chunks each (README.md). Sequence n owns the segments from row0 / segment_chunks + n
-// on, and the banks from row0 / segment_chunks + 2 n on, one before each of its segments and one after the last. A bank holds
-// `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries have identities: i >= 0 the i-th token that
-// leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in slot num_sinks + j.
+// The retention scan cut into segments of some chunks each (README.md). Sequence n owns the segments from
+// row0 / segment_chunks + n on, and the banks from row0 / segment_chunks + 2 n on, one before each of its segments and one after
+// the last. A bank holds `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries have identities:
+// i >= 0 the i-th token that leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in slot num_sinks + j.
 struct RetentionScan : BankScanForward {
   int capacity;  // exact slots that are no sinks
   int segment_chunks;
@@ -150,8 +150,8 @@ cudaError_t retention_walk(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_slots(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_rows(const RetentionScan& p, cudaStream_t stream);
 
-// Keys as integers in the same order. The free slots of a bank stand below every token, and below them tokens that are not offered;
-// 0 stays unused, so that key - 1 is always something less.
+// Keys as integers in the same order. The free slots of a bank stand below every token, and below them tokens that are not
+// offered; 0 stays unused, so that key - 1 is always something less.
 constexpr uint64_t kNotOffered = 1, kFreeSlot = 2;
 
 __device__ inline uint64_t ordered_key(double key) {

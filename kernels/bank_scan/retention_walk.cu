@@ -34,8 +34,8 @@ constexpr int kMostThreads = 640;
 
 __host__ __device__ inline int words_of(int count) { return (count + 31) / 32; }
 
-// Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of all
-// keys together.
+// Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of
+// all keys together.
 struct WalkMemory {
   int words;
   uint64_t* bank;    // (capacity)
