@@ -20,17 +20,19 @@ __global__ void __launch_bounds__(kThreads) retention_rows_kernel(RetentionScan 
   }
   if (used == 0) return;
   const int64_t row = blockIdx.x, bank = (row + static_cast<int64_t>(sequence.number) * p.gate_groups) * p.capacity;
-  const int32_t* slot = p.bank_slot + bank;
-  const auto hold = [&](int held, int id, int from, int until) {
+  const auto hold = [&](int slot, int id, int from, int until) {
     const int source = sequence.source_of_id(p, id);
-    int32_t* to = index + from * stride + sinks + slot[held];
+    int32_t* to = index + from * stride + sinks + slot;
     for (int b = from; b < min(until, used); ++b, to += stride) *to = source;
   };
-  for (int e = threadIdx.x; e < p.capacity; e += blockDim.x) hold(e, p.bank_id[bank + e], 0, p.bank_until[row * p.capacity + e]);
+  for (int slot = threadIdx.x; slot < p.capacity; slot += blockDim.x) {
+    const int rank = p.bank_rank[bank + slot];
+    hold(slot, p.bank_id[bank + rank], 0, p.bank_until[row * p.capacity + rank]);
+  }
   const int first = sequence.first_id + plan.begin * p.chunk;
   for (int c = threadIdx.x; c < p.segment_tokens; c += blockDim.x) {
     const int2 stay = p.token_stay[row * p.segment_tokens + c];
-    if (stay.x > 0) hold(stay.y, first + c, c / p.chunk, stay.x);
+    if (stay.x > 0) hold(p.bank_slot[bank + stay.y], first + c, c / p.chunk, stay.x);
   }
 }
 

@@ -12,10 +12,10 @@ constexpr int kSegmentTokens = 512;
 
 struct SegmentPlan;
 
-// The retention scan cut into segments of some chunks each (README.md). Sequence n owns the segments from row0 / segment_chunks + n
-// on, and the banks from row0 / segment_chunks + 2 n on, one before each of its segments and one after the last. A bank holds
-// `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries have identities: i >= 0 the i-th token that
-// leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in slot num_sinks + j.
+// The retention scan cut into segments of some chunks each (README.md). Sequence n owns the segments from
+// row0 / segment_chunks + n on, and the banks from row0 / segment_chunks + 2 n on, one before each of its segments and one after
+// the last. A bank holds `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries have identities:
+// i >= 0 the i-th token that leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in slot num_sinks + j.
 struct RetentionScan : BankScanForward {
   int capacity;  // exact slots that are no sinks
   int segment_chunks;
@@ -31,6 +31,7 @@ struct RetentionScan : BankScanForward {
   uint64_t* bank_key;     // (banks, R, capacity) descending
   int32_t* bank_id;       // (banks, R, capacity)
   int32_t* bank_slot;     // (banks, R, capacity) each rank's slot, without the sinks
+  int32_t* bank_rank;     // (banks, R, capacity) each slot's rank
   int32_t* bank_until;    // (segments, R, capacity) until when an entry of the bank before the segment stays
   int32_t* rank_after;    // (segments, R, capacity) by rank before the segment: the rank after it of what is then in that slot
   size_t bytes;           // of these arrays
@@ -131,6 +132,7 @@ inline RetentionScan::RetentionScan(const BankScanForward& p) : BankScanForward(
   bank_key = carver.take<uint64_t>(entries);
   bank_id = carver.take<int32_t>(entries);
   bank_slot = carver.take<int32_t>(entries);
+  bank_rank = carver.take<int32_t>(entries);
   bank_until = carver.take<int32_t>(entries);
   rank_after = carver.take<int32_t>(entries);
   bytes = carver.used();
@@ -148,8 +150,8 @@ cudaError_t retention_walk(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_slots(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_rows(const RetentionScan& p, cudaStream_t stream);
 
-// Keys as integers in the same order. The free slots of a bank stand below every token, and below them tokens that are not offered;
-// 0 stays unused, so that key - 1 is always something less.
+// Keys as integers in the same order. The free slots of a bank stand below every token, and below them tokens that are not
+// offered; 0 stays unused, so that key - 1 is always something less.
 constexpr uint64_t kNotOffered = 1, kFreeSlot = 2;
 
 __device__ inline uint64_t ordered_key(double key) {

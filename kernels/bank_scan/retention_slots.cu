@@ -25,11 +25,10 @@ __global__ void __launch_bounds__(1024) retention_slots_kernel(SlotsParams p) {
   const int32_t* steps = p.rank_after + segment * capacity;
   const int64_t first_bank = (segment + plan.number * p.gate_groups) * capacity, last_bank = first_bank + count * stride;
   for (int base = 0; base < capacity; base += blockDim.x) {
-    const int j = base + threadIdx.x;
-    const bool mine = j < capacity;
-    const int slot = mine ? p.bank_slot[first_bank + j] : 0;
-    int rank = j;
-    int32_t* to = p.bank_slot + first_bank;
+    const int slot = base + threadIdx.x;
+    const bool mine = slot < capacity;
+    int rank = mine ? p.bank_rank[first_bank + slot] : 0;
+    int64_t bank = first_bank;
     for (int s = 0; s < count; s += p.staged) {
       const int now = min(p.staged, count - s);
       if (p.in_shared) {
@@ -45,8 +44,9 @@ __global__ void __launch_bounds__(1024) retention_slots_kernel(SlotsParams p) {
       }
       for (int i = 0; mine && i < now; ++i) {
         rank = p.in_shared ? staged[i * capacity + rank] : steps[(s + i) * stride + rank];
-        to += stride;
-        to[rank] = slot;
+        bank += stride;
+        p.bank_rank[bank + slot] = rank;
+        p.bank_slot[bank + rank] = slot;
       }
     }
     if (!mine) continue;

@@ -35,6 +35,7 @@ struct CarriedBank {
       p.bank_key[row + rank] = key[j];
       p.bank_id[row + rank] = key[j] == kFreeSlot ? -1 : -2 - j;
       p.bank_slot[row + rank] = j;
+      p.bank_rank[row + j] = rank;
     }
   }
 };
@@ -65,10 +66,10 @@ struct SegmentTokens {
     __syncthreads();
     for (int c = threadIdx.x; c < count; c += blockDim.x) {
       const int begin = c / kWarp * kWarp, end = min(begin + kWarp, count);
-      const uint64_t mine = key[c];
+      const uint64_t mine = key[c], less = mine - 1;
       int rank = begin;
 #pragma unroll 8
-      for (int i = begin; i < end; ++i) rank += key[i] > mine - (i > c);
+      for (int i = begin; i < end; ++i) rank += key[i] > (i > c ? less : mine);
       other_key[rank] = mine;
       other_token[rank] = c;
     }
@@ -104,7 +105,7 @@ struct SegmentTokens {
 
 // The first blocks order the banks that sequences came with, the others the tokens that leave the ring in a segment.
 template <class A>
-__global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(RetentionScan p) {
+__global__ void __launch_bounds__(kThreads, 3) retention_tokens_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int states = static_cast<int>(p.sequences) * p.gate_groups, block = static_cast<int>(blockIdx.x) - states;
   const int outer = (block < 0 ? block + states : block) / p.gate_groups, group = static_cast<int>(blockIdx.x) % p.gate_groups;

@@ -34,8 +34,8 @@ constexpr int kMostThreads = 640;
 
 __host__ __device__ inline int words_of(int count) { return (count + 31) / 32; }
 
-// Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of all
-// keys together.
+// Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of
+// all keys together.
 struct WalkMemory {
   int words;
   uint64_t* bank;    // (capacity)
@@ -45,20 +45,19 @@ struct WalkMemory {
   int* born;         // (entries), by place: the chunk that brings it, 0 for the bank
   unsigned* member;  // (segment_chunks, words) of the sets: places that the bank or the chunks up to this one bring
   int* before;       // (segment_chunks, words + 1)
-  int* until;        // (entries) the first chunk in which an entry is no longer held, 0 for tokens that never were
-  int* rank;         // (entries) the last that an entry has while it is held
-  int* arrives;      // (segment_tokens) whether a token does
+  int2* stay;        // (entries) the first chunk in which an entry is no longer held, 0 for tokens that never were, and its last
+                     // rank before
+  int* arrives;      // (segment_tokens) whether a token does; where born was
   unsigned* arrival_member;  // (words) of the set of tokens that do
   int* arrival_before;       // (words + 1)
-  int* leaver;       // (segment_tokens) the entry whose slot the i-th arrival takes
+  int* leaver;       // (segment_tokens) the entry whose slot the i-th arrival takes; where place was
 
   __host__ __device__ WalkMemory(Carver& carver, int capacity, int tokens, int chunks)
       : words(words_of(capacity + tokens)), bank(carver.take<uint64_t>(capacity)), key(carver.take<uint64_t>(tokens)),
         token(carver.take<int>(tokens)), place(carver.take<int>(capacity + tokens)), born(carver.take<int>(capacity + tokens)),
         member(carver.take<unsigned>(chunks * words)), before(carver.take<int>(chunks * (words + 1))),
-        until(carver.take<int>(capacity + tokens)), rank(carver.take<int>(capacity + tokens)), arrives(carver.take<int>(tokens)),
-        arrival_member(carver.take<unsigned>(words_of(tokens) + 1)), arrival_before(carver.take<int>(words_of(tokens) + 1)),
-        leaver(carver.take<int>(tokens)) {}
+        stay(carver.take<int2>(capacity + tokens)), arrives(born), arrival_member(carver.take<unsigned>(words_of(tokens) + 1)),
+        arrival_before(carver.take<int>(words_of(tokens) + 1)), leaver(place) {}
 
   // What has come when chunk b of the segment reads the bank.
   __device__ RankedSet come(int b) const { return {member + b * words, before + b * (words + 1)}; }
@@ -66,7 +65,7 @@ struct WalkMemory {
 };
 
 // One block finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes.
-__global__ void __launch_bounds__(kMostThreads) retention_walk_kernel(RetentionScan p) {
+__global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int segment = static_cast<int>(blockIdx.x) / p.gate_groups, sequence = p.plan[segment].sequence.number;
   if (p.plan[segment].used == 0) return;
@@ -88,7 +87,8 @@ __global__ void __launch_bounds__(kMostThreads) retention_walk_kernel(RetentionS
     // Between equal keys the later token comes first.
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int i = e - capacity;
-      const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1) : i + count_above(work.bank, capacity, work.key[i]);
+      const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1)
+                              : i + count_above(work.bank, capacity, work.key[i]);
       work.place[e] = place;
       work.born[place] = i < 0 ? 0 : work.token[i] / chunk;
     }
@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kMostThreads) retention_walk_kernel(RetentionS
     for (int w = warp_id(); w < work.words; w += warp_count()) {
       const int place = 32 * w + lane_id();
       const int born = place < entries ? work.born[place] : chunks;
+#pragma unroll 1  // registers
       for (int b = 0; b < chunks; ++b) {
         const unsigned mask = __ballot_sync(kAllLanes, born <= b);
         if (lane_id() == 0) work.come(b).member[w] = mask;
@@ -117,8 +118,7 @@ __global__ void __launch_bounds__(kMostThreads) retention_walk_kernel(RetentionS
       }
       const bool arrives = i >= 0 && low > born;
       if (i >= 0) work.arrives[work.token[i]] = arrives;
-      work.until[e] = i < 0 || arrives ? low : 0;
-      work.rank[e] = low > 0 ? work.come(low - 1).below(place) : e;
+      work.stay[e] = {i < 0 || arrives ? low : 0, low > 0 ? work.come(low - 1).below(place) : e};
     }
     __syncthreads();
     for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
@@ -130,25 +130,26 @@ __global__ void __launch_bounds__(kMostThreads) retention_walk_kernel(RetentionS
     const auto arrivals = work.arrivals();
     if (warp_id() == 0) arrivals.count(words_of(tokens));
     __syncthreads();
-    // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of the
-    // segment, if what leaves is numbered on from chunk to chunk.
+    // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of
+    // the segment, if what leaves is numbered on from chunk to chunk.
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int until = work.until[e];
-      if (until < chunks && (e < capacity || until > 0)) {
-        work.leaver[arrivals.below(until * chunk) + capacity - 1 - work.rank[e]] = e;
+      const int2 stay = work.stay[e];
+      if (stay.x < chunks && (e < capacity || stay.x > 0)) {
+        work.leaver[arrivals.below(stay.x * chunk) + capacity - 1 - stay.y] = e;
       }
     }
     __syncthreads();
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int until = work.until[e], i = e - capacity;
+      const int2 stay = work.stay[e];
+      const int i = e - capacity;
       int held = e;
-      while (until > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
+      while (stay.x > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
       if (i < 0) {
-        p.bank_until[row * capacity + e] = until;
+        p.bank_until[row * capacity + e] = stay.x;
       } else {
-        p.token_stay[row * tokens + work.token[i]] = {until, held};
+        p.token_stay[row * tokens + work.token[i]] = {stay.x, held};
       }
-      if (until == chunks) p.rank_after[row * capacity + held] = work.rank[e];
+      if (stay.x == chunks) p.rank_after[row * capacity + held] = stay.y;
     }
     if (threadIdx.x == 0) add_count(p.new_counts + 2 * sequence, arrivals.before[words_of(tokens)]);
   });

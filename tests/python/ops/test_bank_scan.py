@@ -171,9 +171,10 @@ class TestRetentionOverManyChunks:
             row = int(problem.cu_seqlens[n]) // config.chunk + 2 * n
             mine = index[row:row + length // config.chunk + 2].transpose(0, 1)  # (R, rows, Me)
             for r, held in enumerate(mine):
-                before = torch.where(problem.state.exact_pos[n, r] >= 0, config.window + torch.arange(config.exact_slots), -1)
-                slots = torch.arange(config.exact_slots).expand(len(held) + 1, -1)
+                slots = torch.arange(config.exact_slots)
+                before = torch.where(problem.state.exact_pos[n, r] >= 0, config.window + slots, -1)
                 held = torch.cat([before[None], held])
+                slots = slots.expand_as(held)
                 pairs = torch.stack([held[held >= 0], slots[held >= 0]]).unique(dim=1)
                 assert len(pairs[0].unique()) == pairs.shape[1]
 
