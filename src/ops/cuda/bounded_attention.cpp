@@ -1,4 +1,3 @@
-#include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <kernels/bounded_attention/launch.h>
 #include <kernels/diff_attention/path.h>
@@ -149,7 +148,6 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   const auto state_gate_partial = at::zeros({p.sequences, p.kv_heads, held.k.size(2)}, options);
   const auto mass_partial = at::zeros({p.chunk_rows, p.kv_heads, p.summary_slots}, options);
   const auto scratch = workspace(needs.workspace_bytes, q);
-  const auto& context = at::globalContext();
   p.lse = read(lse);
   p.grad_diff = read(grad_diff);
   p.delta = read(out.delta);
@@ -165,7 +163,6 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   p.state_gate_partial = data(state_gate_partial);
   p.mass_partial = data(mass_partial);
   p.workspace = data(scratch);
-  p.deterministic = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
   C10_CUDA_CHECK(path.run(p, dtype, c10::cuda::getCurrentCUDAStream()));
   const bool shared = p.gate_groups < p.kv_heads;
   return {grad_q,
