@@ -61,7 +61,6 @@ struct BoundedAttentionBackward : BoundedAttentionParams {
   void* state_gate_partial;  // out (N, Hkv, W + Me) A, zero before, likewise
   void* mass_partial;        // out (NC, Hkv, Ms) A, zero before, likewise
   void* workspace;           // workspace_bytes, uninitialised
-  bool deterministic;        // every sum in one order, where a path is faster without
 };
 
 }  // namespace coda::kernels

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "../../common/workspace.cuh"
 #include "backward.cuh"
 
@@ -6,7 +8,7 @@ namespace {
 
 struct Layout {
   size_t bytes;
-  size_t marks;  // bytes of banked and state_banked, which lie together
+  size_t entries;  // bytes of entry and state_entry, which lie together
 };
 
 // Lays the workspace out; from a null one it only counts bytes.
@@ -19,6 +21,8 @@ Layout lay_out(BoundedBackward& p, void* workspace) {
   const auto queries = [&](bool needed) {
     return static_cast<void*>(needed ? carver.take<uint16_t>(p.tokens * p.heads * dim) : nullptr);
   };
+  // Segments are so short that one long sequence fills the device, and a short one as far as it can.
+  p.segment = static_cast<int>(std::max<int64_t>(std::min<int64_t>(p.tokens / 16, 512) / p.chunk, 1));
   p.slots = (bank + kSlotTile - 1) / kSlotTile * kSlotTile;
   p.q2 = queries(p.streams == 2);
   p.bank_q = turned ? queries(true) : const_cast<void*>(p.q);
@@ -34,11 +38,17 @@ Layout lay_out(BoundedBackward& p, void* workspace) {
   if (p.exact_slots == 0) return {carver.used(), 0};
   p.bank_grad_k = carver.take<float>(tokens * dim);
   p.bank_grad_v = carver.take<float>(tokens * dim);
+  p.bank_grad_bias = carver.take<float>(tokens);
   p.state_bank_grad_k = carver.take<float>(held * dim);
   p.state_bank_grad_v = carver.take<float>(held * dim);
+  p.state_bank_grad_bias = carver.take<float>(held);
+  const int64_t rows = p.chunk_rows / p.segment * p.kv_heads * p.slots;
+  p.segment_grad_k = carver.take<float>(rows * dim);
+  p.segment_grad_v = carver.take<float>(rows * dim);
+  p.segment_grad_bias = carver.take<float>(rows);
   const size_t before = carver.used();
-  p.banked = carver.take<uint8_t>(tokens);
-  p.state_banked = carver.take<uint8_t>(held);
+  p.entry = carver.take<int32_t>(tokens);
+  p.state_entry = carver.take<int32_t>(held);
   return {carver.used(), carver.used() - before};
 }
 
@@ -56,11 +66,12 @@ cudaError_t bounded_attention_backward(const BoundedAttentionBackward& params, D
   const auto layout = lay_out(p, params.workspace);
   if (p.dim == 64) RowWalk<64>::measure(p);
   if (p.dim == 128) RowWalk<128>::measure(p);
-  if (layout.marks > 0) {
-    if (const auto status = cudaMemsetAsync(p.banked, 0, layout.marks, stream); status != cudaSuccess) return status;
+  if (layout.entries > 0) {
+    if (const auto status = cudaMemsetAsync(p.entry, 0, layout.entries, stream); status != cudaSuccess) return status;
   }
   if (params.tokens > 0) {
-    for (const auto step : {bounded_backward_prepare, bounded_backward_rows, bounded_backward_bank}) {
+    for (const auto step :
+         {bounded_backward_prepare, bounded_backward_rows, bounded_backward_bank, bounded_backward_collect}) {
       if (const auto status = step(p, dtype, stream); status != cudaSuccess) return status;
     }
   }

@@ -3,6 +3,7 @@
 // What the kernels of the backward share: its workspace and a sequence as one KV head sees it.
 
 #include <climits>
+#include <new>
 
 #include "../../common/ring.cuh"
 #include "../../diff_attention/sm80/tiles.cuh"
@@ -27,6 +28,7 @@ struct alignas(16) RowScalars {
 
 struct BoundedBackward : BoundedAttentionBackward {
   int slots;                   // of a snapshot in `bank`: Me + Ms, rounded up to whole tiles
+  int segment;                 // chunks that one block walks to gather the gradients of slots
   int next_heads, next_packets, next_token;  // see RowWalk
   void* q2;                    // (T, H, D) R_theta q; null with one stream
   void* bank_q;                // (T, H, D) queries as the bank's keys meet them; q itself without bank_distance
@@ -39,19 +41,27 @@ struct BoundedBackward : BoundedAttentionBackward {
   float* row_lam;              // (Hkv, T, G) lam; null with one stream
   Angle<float>* theta_angles;  // (H, D/2)
   Angle<float>* bank_angles;   // (NC, D/2) by which each chunk's queries were turned
-  // Gradients of keys and values as the exact banks hold them; only rows of sources that are marked are ever written or read.
-  float* bank_grad_k;        // (T, Hkv, D)
-  float* bank_grad_v;        // (T, Hkv, D)
-  float* state_bank_grad_k;  // (N, Hkv, W + Me, D)
-  float* state_bank_grad_v;  // (N, Hkv, W + Me, D)
-  uint8_t* banked;           // (T, Hkv) whether an exact bank ever holds it
-  uint8_t* state_banked;     // (N, Hkv, W + Me)
+  // Gradients of keys, values and biases of what the exact banks hold, in two parts. Those of the segment of chunks in which a
+  // source enters, at the source; only sources that ever stand in a bank have them.
+  float* bank_grad_k;           // (T, Hkv, D)
+  float* bank_grad_v;           // (T, Hkv, D)
+  float* bank_grad_bias;        // (T, Hkv)
+  float* state_bank_grad_k;     // (N, Hkv, W + Me, D)
+  float* state_bank_grad_v;     // (N, Hkv, W + Me, D)
+  float* state_bank_grad_bias;  // (N, Hkv, W + Me)
+  // And those of later segments, at the segment and the slot; see segment_row.
+  float* segment_grad_k;     // (NC / segment, Hkv, slots, D)
+  float* segment_grad_v;     // (NC / segment, Hkv, slots, D)
+  float* segment_grad_bias;  // (NC / segment, Hkv, slots)
+  int32_t* entry;            // (T, Hkv) 1 + slots * (segment of entry) + slot; 0 for what no bank ever holds
+  int32_t* state_entry;      // (N, Hkv, W + Me)
 };
 
 // The steps of the backward, in this order.
 cudaError_t bounded_backward_prepare(const BoundedBackward& params, DType dtype, cudaStream_t stream);
 cudaError_t bounded_backward_rows(const BoundedBackward& params, DType dtype, cudaStream_t stream);
 cudaError_t bounded_backward_bank(const BoundedBackward& params, DType dtype, cudaStream_t stream);
+cudaError_t bounded_backward_collect(const BoundedBackward& params, DType dtype, cudaStream_t stream);
 cudaError_t bounded_backward_window(const BoundedBackward& params, DType dtype, cudaStream_t stream);
 
 // Row tiles of a chunk.
@@ -68,14 +78,15 @@ __device__ inline int64_t sequence_of_snapshot(const BoundedBackward& p, int64_t
 // One sequence as one KV head sees it. Tokens, chunks and rows, which are (token, head of the group), count from its first new
 // token on; tokens before it have negative numbers. Tokens fit 32 bits, places in tensors do not.
 struct HeadView {
-  const BoundedBackward& p;
-  int64_t first;  // position
-  int sequence, token0, row0;
-  int kv_head, group, length, chunks;
+  int64_t first;  // position of the first new token
+  int sequence, token0, row0, length, chunks;
   int lead;  // tokens of the first chunk that came before
+  int kv_head, group;
+  int heads, kv_heads, tokens, chunk_tokens, held, slots;  // of all sequences: H, Hkv, T, C, W + Me and the slots of `bank`
 
-  __device__ HeadView(const BoundedBackward& params, int64_t n, int head)
-      : p(params), sequence(static_cast<int>(n)), kv_head(head), group(params.heads / params.kv_heads) {
+  __device__ HeadView(const BoundedBackward& p, int64_t n, int head)
+      : sequence(static_cast<int>(n)), kv_head(head), group(p.heads / p.kv_heads), heads(p.heads), kv_heads(p.kv_heads),
+        tokens(static_cast<int>(p.tokens)), chunk_tokens(p.chunk), held(p.window + p.exact_slots), slots(p.slots) {
     const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk);
     first = span.first;
     token0 = static_cast<int>(span.token0);
@@ -85,40 +96,58 @@ struct HeadView {
     lead = static_cast<int>(first % p.chunk);
   }
 
-  __device__ int held() const { return p.window + p.exact_slots; }
-  __device__ int begin_of(int chunk) const { return max(0, chunk * p.chunk - lead); }
-  __device__ int end_of(int chunk) const { return min(length, (chunk + 1) * p.chunk - lead); }
+  __device__ int begin_of(int chunk) const { return max(0, chunk * chunk_tokens - lead); }
+  __device__ int end_of(int chunk) const { return min(length, (chunk + 1) * chunk_tokens - lead); }
   // Of (NC, Hkv).
-  __device__ int64_t snapshot(int chunk) const { return static_cast<int64_t>(row0 + chunk) * p.kv_heads + kv_head; }
+  __device__ int64_t snapshot(int chunk) const { return static_cast<int64_t>(row0 + chunk) * kv_heads + kv_head; }
   // Of (T, H).
   __device__ int64_t query_row(int row) const {
-    return static_cast<int64_t>(token0 + row / group) * p.heads + kv_head * group + row % group;
+    return static_cast<int64_t>(token0 + row / group) * heads + kv_head * group + row % group;
   }
   // Of (Hkv, T, G).
-  __device__ int64_t scalar_row(int row) const { return (kv_head * p.tokens + token0) * group + row; }
-  // Of (T, Hkv) and (N, Hkv, W + Me).
-  __device__ int64_t token_row(int token) const { return static_cast<int64_t>(token0 + token) * p.kv_heads + kv_head; }
-  __device__ int64_t state_row(int slot) const { return static_cast<int64_t>(sequence * p.kv_heads + kv_head) * held() + slot; }
-
-  __device__ float gate(int source) const {
-    const int gate_group = p.gate_groups == 1 ? 0 : kv_head;
-    return source < held() ? static_cast<const float*>(p.state_gate)[static_cast<int64_t>(sequence * p.gate_groups + gate_group) * held() + source]
-                           : static_cast<const float*>(p.gate)[static_cast<int64_t>(token0 + source - held()) * p.gate_groups + gate_group];
+  __device__ int64_t scalar_row(int row) const {
+    return (static_cast<int64_t>(kv_head) * tokens + token0) * group + row;
   }
-  __device__ bool biased_by_gate(int slot) const { return p.gate_bias && slot >= p.num_sinks && slot < p.exact_slots; }
+  // Of (T, Hkv) and (N, Hkv, W + Me).
+  __device__ int64_t token_row(int token) const { return static_cast<int64_t>(token0 + token) * kv_heads + kv_head; }
+  __device__ int64_t state_row(int slot) const { return static_cast<int64_t>(sequence * kv_heads + kv_head) * held + slot; }
+  // Of (NC / segment, Hkv, slots), for segments of `size` chunks but the first. A sequence's last one stands before the next
+  // sequence's second: it has chunks / size more at most, and so many more rows between the first chunk rows of both.
+  __device__ int64_t segment_row(int size, int segment, int slot) const {
+    return (static_cast<int64_t>(row0 / size + segment - 1) * kv_heads + kv_head) * slots + slot;
+  }
+
+  __device__ float gate(const BoundedBackward& p, int source) const {
+    const int gate_group = p.gate_groups == 1 ? 0 : kv_head;
+    const int64_t at = source < held ? static_cast<int64_t>(sequence * p.gate_groups + gate_group) * held + source
+                                     : static_cast<int64_t>(token0 + source - held) * p.gate_groups + gate_group;
+    return static_cast<const float*>(source < held ? p.state_gate : p.gate)[at];
+  }
 
   // The row of slot `slot` of a chunk's bank in one of the triples (state, new tokens, summaries); null where free.
   template <int D, class T>
-  __device__ const T* bank_row(const void* state, const void* fresh, const void* summary, int chunk, int slot,
-                               int source) const {
+  __device__ const T* bank_row(const BoundedBackward& p, const void* state, const void* fresh, const void* summary, int chunk,
+                               int slot, int source) const {
     if (source == kFree) return nullptr;
     if (source == kSummary) {
       return static_cast<const T*>(summary) + (snapshot(chunk) * p.summary_slots + slot - p.exact_slots) * D;
     }
-    return source < held() ? static_cast<const T*>(state) + state_row(source) * D
-                           : static_cast<const T*>(fresh) + token_row(source - held()) * D;
+    return source < held ? static_cast<const T*>(state) + state_row(source) * D
+                         : static_cast<const T*>(fresh) + token_row(source - held) * D;
   }
 };
+
+// The view of a whole block, in shared memory: registers are short. Ends with a barrier.
+__device__ inline const HeadView& block_view(const BoundedBackward& p, int64_t n, int head) {
+  __shared__ __align__(8) unsigned char kept[sizeof(HeadView)];
+  if (threadIdx.x == 0) new (kept) HeadView(p, n, head);
+  __syncthreads();
+  return *reinterpret_cast<const HeadView*>(kept);
+}
+
+__device__ inline bool biased_by_gate(const BoundedBackward& p, int slot) {
+  return p.gate_bias && slot >= p.num_sinks && slot < p.exact_slots;
+}
 
 // Calls visit(row, packet) for the packets of Rows rows that this thread brings.
 template <int D, int Rows, class Visit>
@@ -146,14 +175,14 @@ struct RowWalk {
   __device__ void seek(const HeadView& view, int row) {
     row += threadIdx.x / kPackets;
     head = row % view.group;
-    at = (static_cast<unsigned>(row / view.group) * view.p.heads + head) * kPackets + threadIdx.x % kPackets;
+    at = (static_cast<unsigned>(row / view.group) * view.heads + head) * kPackets + threadIdx.x % kPackets;
   }
-  __device__ void next(const HeadView& view) {
-    head += view.p.next_heads;
-    at += view.p.next_packets;
-    if (head >= view.group) {
-      head -= view.group;
-      at += view.p.next_token;
+  __device__ void next(const BoundedBackward& p, int group) {
+    head += p.next_heads;
+    at += p.next_packets;
+    if (head >= group) {
+      head -= group;
+      at += p.next_token;
     }
   }
 };

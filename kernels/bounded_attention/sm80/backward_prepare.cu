@@ -47,8 +47,8 @@ struct Planes {
   }
 };
 
-// What every later kernel reads, for one snapshot and KV head: its slots, its queries turned, its rows' scalars; and zeros for the
-// gradients of the sources that enter the exact bank with it.
+// What every later kernel reads, for one snapshot and KV head: its slots, the sources that enter the exact bank with it, its
+// queries turned, its rows' scalars.
 template <class T, int D>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackward p) {
   constexpr int kPlanes = D / 2;
@@ -72,33 +72,23 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
   __syncthreads();
   const int32_t* index = p.index + (row * p.gate_groups + (p.gate_groups == 1 ? 0 : kv_head)) * p.exact_slots;
   const auto* mass = static_cast<const float*>(p.summary_mass) + row * p.summary_slots - p.exact_slots;
-  for (int base = 0; base < p.slots; base += kPrepareThreads) {
-    const int slot = base + threadIdx.x;
-    int entering = kFree;
-    if (slot < p.slots) {
-      BankSlot is{kFree, neg_inf<float>()};
-      if (slot < p.exact_slots) {
-        const int source = index[slot];
-        if (source >= 0) {
-          is = {source, view.biased_by_gate(slot) ? log_sigmoid(view.gate(source)) / scale : 0.0f};
-          if (chunk == 0 || index[slot - p.gate_groups * p.exact_slots] != source) entering = source;
+  for (int slot = threadIdx.x; slot < p.slots; slot += kPrepareThreads) {
+    BankSlot is{kFree, neg_inf<float>()};
+    if (slot < p.exact_slots) {
+      const int source = index[slot];
+      if (source >= 0) {
+        is = {source, biased_by_gate(p, slot) ? log_sigmoid(view.gate(p, source)) / scale : 0.0f};
+        if (chunk == 0 || index[slot - p.gate_groups * p.exact_slots] != source) {
+          const bool carried = source < view.held;
+          const int64_t at = carried ? view.state_row(source) : view.token_row(source - view.held);
+          (carried ? p.state_entry : p.entry)[at] = 1 + chunk / p.segment * p.slots + slot;
         }
-      } else if (slot < p.exact_slots + p.summary_slots && mass[slot] > 0.0f) {
-        is = {kSummary, p.mass_bias ? logf(mass[slot]) / scale : 0.0f};
       }
-      p.bank[snapshot * p.slots + slot] = is;
-      if (is.source != kFree) atomicMax(&used, slot + 1);
+    } else if (slot < p.exact_slots + p.summary_slots && mass[slot] > 0.0f) {
+      is = {kSummary, p.mass_bias ? logf(mass[slot]) / scale : 0.0f};
     }
-    for (unsigned left = __ballot_sync(kAllLanes, entering != kFree); left; left &= left - 1) {
-      const int source = __shfl_sync(kAllLanes, entering, __ffs(left) - 1);
-      const bool carried = source < view.held();
-      const int64_t at = carried ? view.state_row(source) : view.token_row(source - view.held());
-      if (lane_id() == 0) (carried ? p.state_banked : p.banked)[at] = 1;
-      if (lane_id() < D / 4) {
-        reinterpret_cast<float4*>((carried ? p.state_bank_grad_k : p.bank_grad_k) + at * D)[lane_id()] = {};
-        reinterpret_cast<float4*>((carried ? p.state_bank_grad_v : p.bank_grad_v) + at * D)[lane_id()] = {};
-      }
-    }
+    p.bank[snapshot * p.slots + slot] = is;
+    if (is.source != kFree) atomicMax(&used, slot + 1);
   }
   __syncthreads();
   if (threadIdx.x == 0) p.used[snapshot] = used;
@@ -154,6 +144,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
     if (turned) {
       for_planes(rope_pairs, [&](auto& x, const auto* bank, const auto* theta) {
         x.template load<T>(p.q);
+        if (together) {
+          auto second = x;
+          second.turn(theta, theta_pairs);
+          second.template store<T>(p.q2);
+        }
         x.turn(bank, rope_pairs);
         x.template store<T>(p.bank_q);
         if (!together) return;
@@ -162,7 +157,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
         x.template store<T>(p.bank_q2);
       });
     }
-    if (p.streams == 2) {
+    if (p.streams == 2 && !together) {
       for_planes(theta_pairs, [&](auto& x, const auto*, const auto* theta) {
         x.template load<T>(p.q);
         x.turn(theta, theta_pairs);

@@ -70,7 +70,7 @@ __device__ inline void turn_back(float (&x)[D / 8][4], const Angle<float>* angle
 // grad_q and the shares of grad_theta, for rows of one chunk: first the bank with the queries turned towards it, then the window
 // with the queries as they are.
 template <class T, int D, int Streams>
-__global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackward p) {
+__global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(const __grid_constant__ BoundedBackward p) {
   constexpr int kBlock = query_block_rows(Streams), kGrads = 3 - Streams, kStage = 2 * kStepKeys * D;
   extern __shared__ __align__(256) unsigned char shared[];
   T* queries = reinterpret_cast<T*>(shared);
@@ -80,12 +80,32 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
 
   const int tiles = row_tiles(p), tile = blockIdx.x % tiles, kv_head = blockIdx.x / tiles % p.kv_heads;
   const int64_t chunk_row = blockIdx.x / tiles / p.kv_heads;
-  const HeadView view(p, sequence_of_snapshot(p, chunk_row), kv_head);
+  const HeadView& view = block_view(p, sequence_of_snapshot(p, chunk_row), kv_head);
   const int chunk = static_cast<int>(chunk_row - view.row0);
   if (chunk >= view.chunks) return;
   const int row0 = view.begin_of(chunk) * view.group + tile * kBlock;
   const int rows = min(kBlock, view.end_of(chunk) * view.group - row0);
   if (rows <= 0) return;
+
+  const auto load_queries = [&](const void* first, const void* second) {
+    for_packets<D, kBlock>([&](int row, int packet) {
+      const bool real = row < rows;
+      const int64_t at = view.query_row(row0 + (real ? row : 0)) * D + packet * 8;
+      T* to = queries + place<D>(row, packet);
+      copy_packet(to, static_cast<const T*>(first) + at, real);
+      if (Streams == 2) copy_packet(to + kRows * D, static_cast<const T*>(second) + at, real);
+    });
+  };
+  // Everything that can be brought at once, before the numbers that depend on others.
+  const bool turned = p.has_bank_distance && p.slots > 0;
+  const BankSlot* bank = p.bank + view.snapshot(chunk) * p.slots;
+  slots[threadIdx.x] = p.slots > 0 && threadIdx.x < 2 * kStepKeys ? bank[threadIdx.x] : BankSlot{kFree, 0.0f};
+  load_queries(turned ? p.bank_q : p.q, turned ? p.bank_q2 : p.q2);
+  for_packets<D, kBlock>([&](int row, int packet) {
+    const bool real = row < rows;
+    const int64_t at = view.query_row(row0 + (real ? row : 0)) * D + packet * 8;
+    copy_packet(grads + place<D>(row, packet), static_cast<const T*>(p.grad_diff) + at, real);
+  });
 
   // The window begins with token `oldest`, which the ring holds where that is negative.
   const int oldest = max(chunk * p.chunk - view.lead - (p.window - p.chunk),
@@ -94,8 +114,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
   const int seen = (row0 + rows - 1) / view.group - oldest + 1;
   const int bank_steps = p.slots > 0 ? (p.used[view.snapshot(chunk)] + kStepKeys - 1) / kStepKeys : 0;
   const int steps = bank_steps + (seen + kStepKeys - 1) / kStepKeys;
-  const bool turned = p.has_bank_distance && bank_steps > 0;
-  const BankSlot* bank = p.bank + view.snapshot(chunk) * p.slots;
 
   constexpr int kRowsAtOnce = RowWalk<D>::kRowsAtOnce;
   const int thread_row = threadIdx.x / (D / 8), thread_at = threadIdx.x % (D / 8) * 8;
@@ -115,40 +133,24 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
     }
 #pragma unroll 1
     for (int row = thread_row; row < kStepKeys; row += kRowsAtOnce, to += kRowsAtOnce * D) {
-      const T *key, *value;
+      const T *key = nullptr, *value = nullptr;
       if (step < bank_steps) {
         const int slot = step * kStepKeys + row, source = slots[step % 3 * kStepKeys + row].source;
-        key = view.bank_row<D, T>(p.state_kbar, p.kbar, p.rounded_k, chunk, slot, source);
-        value = view.bank_row<D, T>(p.state_v, p.v, p.rounded_v, chunk, slot, source);
-      } else {
+        key = view.bank_row<D, T>(p, p.state_kbar, p.kbar, p.rounded_k, chunk, slot, source);
+        value = view.bank_row<D, T>(p, p.state_v, p.v, p.rounded_v, chunk, slot, source);
+      } else if (key0 + row < seen) {
         const int token = oldest + key0 + row;
         int slot = oldest_slot + key0 + row;
         if (slot >= p.window) slot -= p.window;
         const int64_t at = (token < 0 ? view.state_row(slot) : view.token_row(token)) * D;
-        key = key0 + row < seen ? static_cast<const T*>(token < 0 ? p.state_k : p.k) + at : nullptr;
+        key = static_cast<const T*>(token < 0 ? p.state_k : p.k) + at;
         value = static_cast<const T*>(token < 0 ? p.state_v : p.v) + at;
       }
       copy_packet(to, key ? key + thread_at : p.q, key);
       copy_packet(to + kStepKeys * D, key ? value + thread_at : p.q, key);
     }
   };
-  const auto load_queries = [&](const void* first, const void* second) {
-    for_packets<D, kBlock>([&](int row, int packet) {
-      const bool real = row < rows;
-      const int64_t at = view.query_row(row0 + (real ? row : 0)) * D + packet * 8;
-      T* to = queries + place<D>(row, packet);
-      copy_packet(to, static_cast<const T*>(first) + at, real);
-      if (Streams == 2) copy_packet(to + kRows * D, static_cast<const T*>(second) + at, real);
-    });
-  };
-  slots[threadIdx.x] = threadIdx.x < min(bank_steps, 2) * kStepKeys ? bank[threadIdx.x] : BankSlot{kFree, 0.0f};
   __syncthreads();
-  load_queries(turned ? p.bank_q : p.q, turned ? p.bank_q2 : p.q2);
-  for_packets<D, kBlock>([&](int row, int packet) {
-    const bool real = row < rows;
-    const int64_t at = view.query_row(row0 + (real ? row : 0)) * D + packet * 8;
-    copy_packet(grads + place<D>(row, packet), static_cast<const T*>(p.grad_diff) + at, real);
-  });
   load_step(0);
   commit_copies();
 
@@ -173,7 +175,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
       delta[m][r] = scalars.delta[0];
     }
   }
-  const int fewest = min(row0 + first, row0 + rows - 1) / view.group - oldest + 1;
 
   const float scale = static_cast<float>(p.scale), log2_scale = scale * kLog2E;
   float grad_q[2][D / 8][4] = {};
@@ -195,11 +196,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
 #pragma unroll
       for (int i = 0; i < kStepKeys; ++i) s[i / 16][i % 16 / 4][i % 4] = biases[i % 16 / 4 * 8 + i % 2].bias;
       const int key0 = (step - bank_steps) * kStepKeys;  // of the window
-      if (key0 + kStepKeys > fewest) {
+      if (__any_sync(kAllLanes, key0 + kStepKeys > visible[0][0])) {
         const int column = key0 + lane_id() % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kStepKeys; ++i) {
-          if (column + i % 16 / 4 * 8 + i % 2 >= visible[i / 16 % kGrads][i % 4 / 2]) s[i / 16][i % 16 / 4][i % 4] = neg_inf<float>();
+          const int key = column + i % 16 / 4 * 8 + i % 2;
+          if (key >= visible[i / 16 % kGrads][i % 4 / 2]) s[i / 16][i % 16 / 4][i % 4] = neg_inf<float>();
         }
       }
       multiply_rows_at<D>(s, lines, kRows * D, keys);
@@ -215,9 +217,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(BoundedBackw
     }
 
     // Ends the span: gradients back to q. The second stream's may wait until the end where the two turns commute.
+    if (step == 0) wait_copies<0>();  // a bank that is empty
     __syncthreads();
     if (Streams == 2 && (span == 1 || p.theta_interleaved != p.rope_interleaved)) {
-      auto* shares = reinterpret_cast<float*>(stages + (step - 1) % 2 * kStage);
+      auto* shares = reinterpret_cast<float*>(stages + (step + 1) % 2 * kStage);  // no copies go there
       const Angle<float>* angles[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {

@@ -3,24 +3,23 @@
 namespace coda::kernels::sm80 {
 namespace {
 
-// Gradients of every key and value of a sequence: those that the window's queries give, and those that the bank kernel left, turned
-// from position 0 to the key's own. The items of a sequence are the carried exact slots, then what the ring holds and the new
-// tokens in the order of their positions.
+// Gradients of every key and value of a sequence: those that the window's queries give, and those that the bank kernel left. The
+// items of a sequence are the carried exact slots, then what the ring holds and the new tokens in the order of their positions.
 template <class T, int D, int Streams>
-__global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBackward p) {
+__global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(const __grid_constant__ BoundedBackward p) {
   extern __shared__ __align__(256) unsigned char shared[];
   const KeysMemory<T, D, Streams> memory(shared);
   const int held = p.window + p.exact_slots;
-  const auto where = find_tile(p.sequences, blockIdx.x / p.kv_heads, kKeys, [&](int64_t n) { return p.cu_seqlens[n] + n * held; });
-  const HeadView view(p, where.sequence, blockIdx.x % p.kv_heads);
+  const auto where = find_tile(p.sequences, blockIdx.x / p.kv_heads, kKeys,
+                               [&](int64_t n) { return p.cu_seqlens[n] + n * held; });
+  const HeadView& view = block_view(p, where.sequence, blockIdx.x % p.kv_heads);
   const int item0 = static_cast<int>(where.begin), count = held + view.length - item0;
   if (count <= 0) return;
   const int token0 = item0 - held;  // of the block's first item, were it no exact slot
 
-  // Tokens of the ring and new ones, [begin, end), among the `size` items from `from` on.
+  // Tokens of the ring and new ones among them: [token_begin, token_end), where not empty.
   const int oldest = -static_cast<int>(min(view.first, static_cast<int64_t>(p.window)));
-  const auto tokens_begin = [&](int from) { return max(token0 + from, oldest); };
-  const auto tokens_end = [&](int from, int size) { return token0 + min(from + size, count); };
+  const int token_begin = max(token0, oldest), token_end = token0 + min(kKeys, count);
   // Rows that see a token: from its own on, to the end of the last chunk whose window reaches it.
   const auto rows_begin = [&](int token) { return max(token, 0) * view.group; };
   const auto rows_end = [&](int token) {
@@ -34,14 +33,13 @@ __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBac
     if (token < -p.window) return view.state_row(token + p.exact_slots + 2 * p.window);
     return view.state_row(static_cast<int>((view.first + token + p.window) % p.window));
   };
-  const auto banked = [&](int item) {
-    return p.exact_slots > 0 && item < count && (carried(item) ? p.state_banked : p.banked)[row_of(item)];
+  const auto entry_of = [&](int item) {
+    return p.exact_slots > 0 && item < count ? (carried(item) ? p.state_entry : p.entry)[row_of(item)] : 0;
   };
 
   const int first = 16 * warp_id();
-  const bool any = tokens_begin(0) < tokens_end(0, kKeys);
-  const int end = any ? rows_end(tokens_end(0, kKeys) - 1) : 0;
-  int row = any ? rows_begin(tokens_begin(0)) : 0;
+  const int end = token_begin < token_end ? rows_end(token_end - 1) : 0;
+  int row = token_begin < token_end ? rows_begin(token_begin) : 0;
   for_packets<D, kKeys>([&](int item, int packet) {
     const bool real = item < count && token0 + item >= oldest;
     const int64_t at = real ? row_of(item) * D + packet * 8 : 0;
@@ -51,18 +49,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBac
   });
   RowWalk<D> walk;
   walk.seek(view, row);
-  if (row < end) memory.load_step(0, view, walk, p.q, p.q2, row, end);
+  if (row < end) memory.load_step(p, view, p.q, p.q2, walk, 0, row, end);
   commit_copies();
 
-  // Before the accumulators take the registers.
-  if (p.has_bank_distance && p.exact_slots > 0) {
-    for (int item = first; item < first + 16; ++item) {
-      const int64_t position = view.first + token0 + item;
-      if (token0 + item < -p.window || !banked(item)) continue;
-      float* row = (carried(item) ? p.state_bank_grad_k : p.bank_grad_k) + row_of(item) * D;
-      rotate_row(row, D, p.rope_interleaved, [&](int i) { return rope_angle<float>(position, p.inv_freq[i]); });
-    }
-  }
   int begin[2];
   unsigned span[2];
 #pragma unroll
@@ -81,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBac
   for (int stage = 0; row < end; row += kStep, stage ^= 1) {
     wait_copies<0>();
     __syncthreads();
-    if (row + kStep < end) memory.load_step(stage ^ 1, view, walk, p.q, p.q2, row + kStep, end);
+    if (row + kStep < end) memory.load_step(p, view, p.q, p.q2, walk, stage ^ 1, row + kStep, end);
     commit_copies();
     const auto seen = [&](int at, int r) { return static_cast<unsigned>(row + at - begin[r]) < span[r]; };
     if (!__any_sync(kAllLanes, sees(0, row) || sees(1, row))) continue;
@@ -95,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_window_kernel(BoundedBac
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int item = first + lane_id() / 4 + 8 * r;
-    if (!banked(item)) continue;
+    if (!entry_of(item)) continue;
     const int64_t at = row_of(item) * D + lane_id() % 4 * 2;
     const float* bank_k = (carried(item) ? p.state_bank_grad_k : p.bank_grad_k) + at;
     const float* bank_v = (carried(item) ? p.state_bank_grad_v : p.bank_grad_v) + at;

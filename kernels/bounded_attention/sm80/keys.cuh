@@ -37,10 +37,10 @@ struct KeysMemory {
   }
 
   // Brings rows [row, row + kStep), at which `walk` stands; zeros from `end` on.
-  __device__ void load_step(int stage, const HeadView& view, RowWalk<D>& walk, const void* q, const void* q2, int row,
-                            int end) const {
-    const auto& p = view.p;
+  __device__ void load_step(const BoundedBackward& p, const HeadView& view, const void* q, const void* q2, RowWalk<D>& walk,
+                            int stage, int row, int end) const {
     const int64_t base = view.query_row(0) * D;
+    const int group = view.group;
     const int thread_row = threadIdx.x / walk.kPackets;
     T* to = stages + stage * kStage + place<D>(thread_row, threadIdx.x % walk.kPackets);
 #pragma unroll
@@ -51,7 +51,7 @@ struct KeysMemory {
       if (Streams == 2) copy_packet(to + kStep * D, static_cast<const T*>(q2) + at, real);
       copy_packet(to + Streams * kStep * D, static_cast<const T*>(p.grad_diff) + at, real);
       to += walk.kRowsAtOnce * D;
-      walk.next(view);
+      walk.next(p, group);
     }
     if (threadIdx.x < kStep) {
       const bool real = row + threadIdx.x < end;

@@ -176,7 +176,6 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
   p.state_gate_partial = data(state_gate_partial);
   p.mass_partial = data(mass_partial);
   p.workspace = data(scratch);
-  p.deterministic = asks_for_determinism();
   C10_CUDA_CHECK(path.backward(p, dtype, c10::cuda::getCurrentCUDAStream()));
   const bool shared = p.gate_groups < p.kv_heads;
   return {grad_q,
