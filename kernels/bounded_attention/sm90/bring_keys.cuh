@@ -16,18 +16,19 @@ struct BringKeys {
   const Arguments& p;
   Memory& shared;
   const bool values;
-  const int part;  // of the tile
   Place& item;
   hopper::RingPosition<Memory::kStages> at;
 
   __device__ BringKeys(const Arguments& arguments, Memory& memory, int warp)
-      : p(arguments), shared(memory), values(warp >= kBringers), part(warp % kBringers),
-        item(memory.place[warp]) {}
+      : p(arguments), shared(memory), values(warp >= kBringers), item(memory.place[warp]) {}
 
   struct Row {
     const T* from = nullptr;  // zeros where null
     float bias = neg_inf<float>();
   };
+
+  // Of the warps that bring the same tiles.
+  __device__ static bool first() { return warp_id() % kBringers == 0; }
 
   // Rows of (N, Hkv, W + Me) and (T, Hkv).
   __device__ const T* state_row(const void* rows, int slot) const {
@@ -108,7 +109,7 @@ struct BringKeys {
       if (token >= 0 && token + kKeys <= item.chunk_end) {
         hopper::wait(empty, parity);
         if (lane_id() == 0) {
-          if (part == 0) {
+          if (first()) {
             hopper::arrive_expect(full, kKeys * D * sizeof(T));
             for (int panel = 0; panel < D / 64; ++panel) {
               hopper::load_box(to + panel * kKeys * 64, values ? &p.v_map : &p.k_map, full, panel * 64, item.kv_head,
@@ -124,7 +125,7 @@ struct BringKeys {
     }
     hopper::wait(empty, parity);
 #pragma unroll 1
-    for (int row0 = part * kWarp; row0 < kKeys; row0 += kBringers * kWarp) {
+    for (int row0 = first() ? 0 : kWarp; row0 < kKeys; row0 += kBringers * kWarp) {
       const int key = key0 + row0 + lane_id();
       const Row row = bank ? bank_row(key) : window_row(key);
       if (bank && !values) shared.bias[stage][row0 + lane_id()] = row.bias * p.inverse_scale;
@@ -138,7 +139,7 @@ struct BringKeys {
   }
 
   __device__ void run() {
-    if (part == 0 && lane_id() == 0) hopper::prefetch_map(values ? &p.v_map : &p.k_map);
+    if (first() && lane_id() == 0) hopper::prefetch_map(values ? &p.v_map : &p.k_map);
     for_items(p, item, item_rows(Streams), [&] {
 #pragma unroll 1
       for (int tile = 0; tile < item.tiles; ++tile) bring(tile);

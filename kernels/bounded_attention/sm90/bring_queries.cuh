@@ -25,6 +25,7 @@ struct BringQueries {
   static constexpr int kParts = D / 16;  // threads of a row
   static constexpr int kRowsAtOnce = hopper::kWarpgroup / kParts;
   static constexpr int kSteps = item_rows(Streams) / kRowsAtOnce;
+  static constexpr int kAhead = Streams == 1 ? 2 : 1;  // rows on their way
   enum NamedBarrier { kAngles = 3 };
 
   const Arguments& p;
@@ -32,16 +33,12 @@ struct BringQueries {
   const int thread, part;
   Place& item;
   hopper::RingPosition<kQuerySets> at;
-  double frequency = 0.0;  // of the pair whose angle this thread works out
   int theta_head = -1;
   Angle<float> theta[8];  // of theta_head
-  int angles_of = -1;     // the chunk row whose bank angles are in shared memory
 
   __device__ BringQueries(const Arguments& arguments, Memory& memory)
       : p(arguments), shared(memory), thread(threadIdx.x % hopper::kWarpgroup), part(thread % kParts),
-        item(memory.place[warp_id()]) {
-    if (p.turned && thread < D / 2) frequency = p.inv_freq[thread];
-  }
+        item(memory.place[warp_id()]) {}
 
   // The pair of this thread's i-th plane.
   __device__ int pair_of(int i, bool interleaved) const {
@@ -84,12 +81,10 @@ struct BringQueries {
   }
 
   __device__ void write_bank_angles() {
-    if (angles_of == item.snapshot) return;
-    angles_of = item.snapshot;
     hopper::sync_threads(kAngles, hopper::kWarpgroup);
     if (thread < D / 2) {
       const int64_t start = p.tokens_seen[item.sequence] + item.chunk_start;
-      shared.bank_angles[thread] = angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - start), frequency));
+      shared.bank_angles[thread] = angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - start), __ldg(p.inv_freq + thread)));
     }
     hopper::sync_threads(kAngles, hopper::kWarpgroup);
   }
@@ -111,13 +106,17 @@ struct BringQueries {
   // as well, for four warpgroups that all do something else.
   __device__ void bring(bool first, bool bank) {
     const int set = at.stage;
-    Words next = load(0);
+    Words next[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) next[i] = load(i);
     hopper::wait(&shared.q_empty[set], at.parity ^ 1);
     if (first && thread == 0) shared.item[set] = item;
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
-      const Words words = next;
-      if (step + 1 < kSteps) next = load(step + 1);
+      const Words words = next[0];
+#pragma unroll
+      for (int i = 0; i + 1 < kAhead; ++i) next[i] = next[i + 1];
+      if (step + kAhead < kSteps) next[kAhead - 1] = load(step + kAhead);
       const int in_item = step * kRowsAtOnce + thread / kParts, row = in_item % kRows, tile = in_item / kRows;
       float x[16];
 #pragma unroll
