@@ -10,7 +10,8 @@
 
 namespace coda::kernels::sm90::bounded {
 
-enum NamedBarrier { kSecondFull = 1, kSecondEmpty };
+// Barrier 3 is BringQueries::kAngles; kTurn is the first of two, one for each warpgroup.
+enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurn = 4 };
 
 // One consumer warpgroup: one online softmax for each item, over its bank and then its window. Tiles of all items run in one stream,
 // so that the first logits of an item are computed while the item before it ends.
@@ -64,10 +65,13 @@ struct Attend {
     return true;
   }
 
-  __device__ void start_logits(float (&s)[kKeys / 2]) {
+  __device__ void wait_keys() {
     if (p.turned && tile == bank_tiles) wait_queries();
+    hopper::wait(&shared.k_full[stage_of(keys_taken)], parity_of(keys_taken));
+  }
+
+  __device__ void start_logits(float (&s)[kKeys / 2]) {
     const int stage = stage_of(keys_taken);
-    hopper::wait(&shared.k_full[stage], parity_of(keys_taken));
     const auto q = hopper::rows_descriptor(shared.q[query_set()][warpgroup]);
     const auto k = hopper::rows_descriptor(shared.k[stage]);
     hopper::begin_products();
@@ -186,6 +190,7 @@ struct Attend {
     if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
+    wait_keys();
     start_logits(s);
     hopper::wait_products<0>();
     finish_logits(s);
@@ -201,9 +206,13 @@ struct Attend {
       } else {
         ++tile;
       }
-      // The logits of one tile are computed while the weights of the one before it meet their values.
+      // The logits of one tile are computed while the weights of the one before it meet their values. The warpgroups take turns, the
+      // second first: items are too short for them to fall out of step by themselves, and the first waits for the second's output.
+      wait_keys();
+      hopper::sync_threads(kTurn + warpgroup, 2 * hopper::kWarpgroup);
       start_logits(s);
       start_output(keys_taken - 1, weights, begun);
+      hopper::arrive_threads(kTurn + 1 - warpgroup, 2 * hopper::kWarpgroup);
       hopper::wait_products<1>();
       finish_logits(s);
       const float2 shrink = absorb(s);
@@ -363,6 +372,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     Attend<T, D, Streams> attend(p, shared, warpgroup - 2);
     // The exchange is empty.
     if (Streams == 2 && warpgroup == 2) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+    if (warpgroup == 2) hopper::arrive_threads(kTurn + 1, 2 * hopper::kWarpgroup);
     attend.run();
   }
 }
