@@ -1,4 +1,6 @@
+#include <ATen/cuda/CUDAContext.h>
 #include <kernels/bounded_attention/launch.h>
+#include <kernels/diff_attention/path.h>
 #include <torch/library.h>
 
 #include "../memory_args.h"
@@ -68,6 +70,18 @@ struct Problem {
   }
 };
 
+// The sm90 path serves what that of diff_attention does, from tensors that begin at multiples of 16 bytes.
+bool served_by_sm90(const at::Tensor& q, const kernels::BoundedAttentionParams& p) {
+  const auto* device = at::cuda::getDeviceProperties(q.device().index());
+  if (kernels::diff_attention_path(10 * device->major + device->minor, dtype_of(q), p.dim, p.scale).path != kernels::Path::kSm90) {
+    return false;
+  }
+  for (const void* x : {p.q, p.k, p.v, p.state_k, p.state_v, p.kbar, p.state_kbar, p.summary_k, p.summary_v}) {
+    if (reinterpret_cast<uintptr_t>(x) % 16 != 0) return false;
+  }
+  return true;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
@@ -85,7 +99,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   p.o2 = data(o2);
   p.diff = data(diff);
   p.lse = data(lse);
-  C10_CUDA_CHECK(kernels::bounded_attention_forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
+  const bool sm90 = served_by_sm90(q, p);
+  const auto summary_rounded = sm90 ? at::empty({2, p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, q.options()) : at::Tensor();
+  p.summary_rounded = data(summary_rounded);
+  const auto run = sm90 ? kernels::sm90::bounded_attention_forward : kernels::portable::bounded_attention_forward;
+  C10_CUDA_CHECK(run(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   return {y, o2, diff, lse};
 }
 
