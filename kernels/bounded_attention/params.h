@@ -43,6 +43,8 @@ struct BoundedAttentionForward : BoundedAttentionParams {
   void* o2;    // out (T, H, D) of the storage type, null with one stream or without a backward
   void* diff;  // out (T, H, D) of the storage type: o1 - lam o2, null without norm or a backward
   void* lse;   // out (streams, T, H) A, null without a backward
+  // Scratch of the sm90 path: (2, NC, Hkv, Ms, D) of the storage type, at a multiple of 16 bytes; null without summary slots.
+  void* summary_rounded;
 };
 
 struct BoundedAttentionBackward : BoundedAttentionParams {

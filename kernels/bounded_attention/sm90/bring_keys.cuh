@@ -16,26 +16,19 @@ struct BringKeys {
   const Arguments& p;
   Memory& shared;
   const bool values;
-  const int part;  // of the tile
   Place& item;
   hopper::RingPosition<Memory::kStages> at;
 
   __device__ BringKeys(const Arguments& arguments, Memory& memory, int warp)
-      : p(arguments), shared(memory), values(warp >= kBringers), part(warp % kBringers),
-        item(memory.place[warp]) {}
+      : p(arguments), shared(memory), values(warp >= kBringers), item(memory.place[warp]) {}
 
   struct Row {
-    const void* from = nullptr;  // zeros where null
-    bool wide = false;           // float, of a summary slot
+    const T* from = nullptr;  // zeros where null
     float bias = neg_inf<float>();
-
-    // To the L2 cache: rows are looked up well before there is room for them.
-    __device__ void prefetch() const {
-      if (!from) return;
-      const int bytes = D * static_cast<int>(wide ? sizeof(float) : sizeof(T));
-      for (int i = 0; i < bytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + i));
-    }
   };
+
+  // Of the warps that bring the same tiles.
+  __device__ static bool first() { return warp_id() % kBringers == 0; }
 
   // Rows of (N, Hkv, W + Me) and (T, Hkv).
   __device__ const T* state_row(const void* rows, int slot) const {
@@ -69,9 +62,8 @@ struct BringKeys {
     const float mass = static_cast<const float*>(p.summary_mass)[item.snapshot * p.summary_slots + slot];
     if (!(mass > 0.0f)) return row;
     row.bias = p.mass_bias ? logf(mass) : 0.0f;
-    row.from = static_cast<const float*>(values ? p.summary_v : p.summary_k) +
-               static_cast<int64_t>((item.snapshot * p.kv_heads + item.kv_head) * p.summary_slots + slot) * D;
-    row.wide = true;
+    const int64_t at = (item.snapshot * p.kv_heads + item.kv_head) * p.summary_slots + slot;
+    row.from = static_cast<const T*>(p.summary_rounded) + (at + (values ? p.summary_rows : 0)) * D;
     return row;
   }
   __device__ Row window_row(int key) const {
@@ -87,30 +79,18 @@ struct BringKeys {
     return tile + packet / 8 * kKeys * 128 + hopper::swizzled(row, packet % 8);
   }
 
-  // 32 rows from `row0` of the tile on; each lane has one of them.
-  __device__ void copy_rows(unsigned char* tile, int row0, const Row& mine) const {
-    const unsigned wide = __ballot_sync(kAllLanes, mine.wide);
+  // 32 rows from `row0` of the tile on, of which each lane has one.
+  __device__ void copy_rows(unsigned char* tile, int row0, const T* mine) const {
     const int packet = lane_id() % kPackets;
-    const auto from = reinterpret_cast<uint64_t>(mine.from);
     constexpr int kCopies = 8 / kRowsAtOnce;  // of the eight rows after which the swizzle repeats
 #pragma unroll 1
     for (int eight = 0; eight < kWarp; eight += 8) {
 #pragma unroll
       for (int j = 0; j < kCopies; ++j) {
         const int i = j * kRowsAtOnce + lane_id() / kPackets;
-        const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, from, eight + i));
-        if (wide >> (eight + i) & 1) continue;
+        const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(mine), eight + i));
         ampere::copy_packet(packet_of(tile, i, packet) + (row0 + eight) * 128, row + packet * kPacket, row != nullptr);
       }
-    }
-    if (wide == 0) return;
-#pragma unroll 4
-    for (int i = lane_id() / kPackets; i < kWarp; i += kRowsAtOnce) {
-      const auto* row = reinterpret_cast<const float4*>(__shfl_sync(kAllLanes, from, i));
-      if (!(wide >> i & 1)) continue;
-      const float4 a = row[2 * packet], b = row[2 * packet + 1];
-      *reinterpret_cast<uint4*>(packet_of(tile, row0 + i, packet)) =
-          uint4{pack<T>(a.x, a.y), pack<T>(a.z, a.w), pack<T>(b.x, b.y), pack<T>(b.z, b.w)};
     }
   }
 
@@ -129,7 +109,7 @@ struct BringKeys {
       if (token >= 0 && token + kKeys <= item.chunk_end) {
         hopper::wait(empty, parity);
         if (lane_id() == 0) {
-          if (part == 0) {
+          if (first()) {
             hopper::arrive_expect(full, kKeys * D * sizeof(T));
             for (int panel = 0; panel < D / 64; ++panel) {
               hopper::load_box(to + panel * kKeys * 64, values ? &p.v_map : &p.k_map, full, panel * 64, item.kv_head,
@@ -143,20 +123,13 @@ struct BringKeys {
         return;
       }
     }
-    constexpr int kShares = kKeys / kBringers / kWarp;
-    Row rows[kShares];
-#pragma unroll
-    for (int i = 0; i < kShares; ++i) {
-      const int key = key0 + (i * kBringers + part) * kWarp + lane_id();
-      rows[i] = bank ? bank_row(key) : window_row(key);
-      rows[i].prefetch();
-    }
     hopper::wait(empty, parity);
-#pragma unroll
-    for (int i = 0; i < kShares; ++i) {
-      const int row0 = (i * kBringers + part) * kWarp;
-      copy_rows(reinterpret_cast<unsigned char*>(to), row0, rows[i]);
-      if (bank && !values) shared.bias[stage][row0 + lane_id()] = rows[i].bias * p.inverse_scale;
+#pragma unroll 1
+    for (int row0 = first() ? 0 : kWarp; row0 < kKeys; row0 += kBringers * kWarp) {
+      const int key = key0 + row0 + lane_id();
+      const Row row = bank ? bank_row(key) : window_row(key);
+      if (bank && !values) shared.bias[stage][row0 + lane_id()] = row.bias * p.inverse_scale;
+      copy_rows(reinterpret_cast<unsigned char*>(to), row0, row.from);
     }
     ampere::commit_copies();
     ampere::wait_copies<0>();
@@ -166,7 +139,7 @@ struct BringKeys {
   }
 
   __device__ void run() {
-    if (part == 0 && lane_id() == 0) hopper::prefetch_map(values ? &p.v_map : &p.k_map);
+    if (first() && lane_id() == 0) hopper::prefetch_map(values ? &p.v_map : &p.k_map);
     for_items(p, item, item_rows(Streams), [&] {
 #pragma unroll 1
       for (int tile = 0; tile < item.tiles; ++tile) bring(tile);

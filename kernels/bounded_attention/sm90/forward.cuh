@@ -10,7 +10,8 @@
 
 namespace coda::kernels::sm90::bounded {
 
-enum NamedBarrier { kSecondFull = 1, kSecondEmpty };
+// Barrier 3 is BringQueries::kAngles; kTurn is the first of two, one for each warpgroup.
+enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurn = 4 };
 
 // One consumer warpgroup: one online softmax for each item, over its bank and then its window. Tiles of all items run in one stream,
 // so that the first logits of an item are computed while the item before it ends.
@@ -20,13 +21,11 @@ struct Attend {
   const Arguments& p;
   Memory& shared;
   const int warpgroup, stream;
-  hopper::RingPosition<Memory::kStages> k_at, v_at;
-  hopper::RingPosition<kQuerySets> q_at;
+  unsigned keys_taken = 0, queries_taken = 0;  // tiles of logits begun before this one; sets of queries
 
   // Of this thread's two rows, eight apart.
   struct Rows {
     uint32_t line[2];  // token * H + head; kNoLine past the end of the chunk
-    float lam[2];
     float peak[2], total[2];  // of this thread's columns
   };
   static constexpr uint32_t kNoLine = 0xffffffffu;
@@ -38,10 +37,15 @@ struct Attend {
   __device__ Attend(const Arguments& arguments, Memory& memory, int group)
       : p(arguments), shared(memory), warpgroup(group), stream(Streams == 2 ? group : 0) {}
 
+  __device__ static int stage_of(unsigned n) { return n % Memory::kStages; }
+  __device__ static uint32_t parity_of(unsigned n) { return n / Memory::kStages % 2; }
+  __device__ int query_set() const { return queries_taken % kQuerySets; }
+  __device__ void wait_queries() { hopper::wait(&shared.q_full[query_set()], queries_taken / kQuerySets % 2); }
+
   // False after the last item.
   __device__ bool take_item() {
-    hopper::wait(&shared.q_full[q_at.stage], q_at.parity);
-    const Item& item = shared.item[q_at.stage];
+    wait_queries();
+    const Item& item = shared.item[query_set()];
     tile = 0;
     tiles = item.tiles;
     if (tiles == 0) return false;
@@ -53,7 +57,7 @@ struct Attend {
       const auto at = p.split(r);
       const bool real = r < item.rows;
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
-      rows.lam[i] = stream == 1 && real ? static_cast<const float*>(p.lam)[rows.line[i]] : 0.0f;
+      if (stream == 1 && real) asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const float*>(p.lam) + rows.line[i]));
       rows.peak[i] = neg_inf<float>();
       rows.total[i] = 0.0f;
       visible[i] = item.seen + at.token + 1;
@@ -61,11 +65,15 @@ struct Attend {
     return true;
   }
 
+  __device__ void wait_keys() {
+    if (p.turned && tile == bank_tiles) wait_queries();
+    hopper::wait(&shared.k_full[stage_of(keys_taken)], parity_of(keys_taken));
+  }
+
   __device__ void start_logits(float (&s)[kKeys / 2]) {
-    if (p.turned && tile == bank_tiles) hopper::wait(&shared.q_full[q_at.stage], q_at.parity);
-    hopper::wait(&shared.k_full[k_at.stage], k_at.parity);
-    const auto q = hopper::rows_descriptor(shared.q[q_at.stage][warpgroup]);
-    const auto k = hopper::rows_descriptor(shared.k[k_at.stage]);
+    const int stage = stage_of(keys_taken);
+    const auto q = hopper::rows_descriptor(shared.q[query_set()][warpgroup]);
+    const auto k = hopper::rows_descriptor(shared.k[stage]);
     hopper::begin_products();
 #pragma unroll
     for (int block = 0; block < D / 16; ++block) {
@@ -85,7 +93,7 @@ struct Attend {
     hopper::pin(s);
     const int column = lane_id() % 4 * 2;
     if (tile < bank_tiles) {
-      const float* bias = shared.bias[k_at.stage] + column;
+      const float* bias = shared.bias[stage_of(keys_taken)] + column;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; ++i) {
         const float2 b = *reinterpret_cast<const float2*>(bias + 8 * i);
@@ -95,11 +103,11 @@ struct Attend {
         s[4 * i + 3] += b.y;
       }
     }
-    release(&shared.k_empty[k_at.stage]);
-    k_at.advance();
+    release(&shared.k_empty[stage_of(keys_taken)]);
+    ++keys_taken;
     if (tile + 1 == tiles || (p.turned && tile + 1 == bank_tiles)) {
-      release(&shared.q_empty[q_at.stage]);
-      q_at.advance();
+      release(&shared.q_empty[query_set()]);
+      ++queries_taken;
     }
     if (tile < bank_tiles) return;
     const int key0 = (tile - bank_tiles) * kKeys;
@@ -160,9 +168,10 @@ struct Attend {
     for (int i = 0; i < D / 2; ++i) o[i] *= i % 4 < 2 ? by.x : by.y;
   }
 
-  __device__ void start_output(const uint32_t (&weights)[kKeys / 16][4], bool add) {
-    hopper::wait(&shared.v_full[v_at.stage], v_at.parity);
-    const auto v = hopper::columns_descriptor(shared.v[v_at.stage], kKeys * 128);
+  // Of tile `n` of this block.
+  __device__ void start_output(unsigned n, const uint32_t (&weights)[kKeys / 16][4], bool add) {
+    hopper::wait(&shared.v_full[stage_of(n)], parity_of(n));
+    const auto v = hopper::columns_descriptor(shared.v[stage_of(n)], kKeys * 128);
     hopper::begin_products();
 #pragma unroll
     for (int block = 0; block < kKeys / 16; ++block) {
@@ -171,17 +180,17 @@ struct Attend {
     hopper::commit_products();
   }
 
-  __device__ void finish_output() {
+  __device__ void finish_output(unsigned n) {
     hopper::wait_products<0>();
     hopper::pin(o);
-    release(&shared.v_empty[v_at.stage]);
-    v_at.advance();
+    release(&shared.v_empty[stage_of(n)]);
   }
 
   __device__ void run() {
     if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
+    wait_keys();
     start_logits(s);
     hopper::wait_products<0>();
     finish_logits(s);
@@ -197,15 +206,19 @@ struct Attend {
       } else {
         ++tile;
       }
-      // The logits of one tile are computed while the weights of the one before it meet their values.
+      // The logits of one tile are computed while the weights of the one before it meet their values. The warpgroups take turns, the
+      // second first: items are too short for them to fall out of step by themselves, and the first waits for the second's output.
+      wait_keys();
+      hopper::sync_threads(kTurn + warpgroup, 2 * hopper::kWarpgroup);
       start_logits(s);
-      start_output(weights, begun);
+      start_output(keys_taken - 1, weights, begun);
+      hopper::arrive_threads(kTurn + 1 - warpgroup, 2 * hopper::kWarpgroup);
       hopper::wait_products<1>();
       finish_logits(s);
       const float2 shrink = absorb(s);
       // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
       __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
-      finish_output();
+      finish_output(keys_taken - 2);
       if (last) {
         finish(done);
       } else {
@@ -214,8 +227,8 @@ struct Attend {
       pack_operand<T>(weights, s);
       begun = !last;
     }
-    start_output(weights, begun);
-    finish_output();
+    start_output(keys_taken - 1, weights, begun);
+    finish_output(keys_taken - 1);
     finish(done);
   }
 
@@ -267,7 +280,11 @@ struct Attend {
     if (stream == 1) {
       hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
       if (p.o2) store(done, p.o2, stage, [&](int i) { return o[i] * inverse[i % 4 / 2]; });
-      const float factor[2] = {inverse[0] * done.lam[0], inverse[1] * done.lam[1]};
+      float factor[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        factor[row] = done.line[row] == kNoLine ? 0.0f : inverse[row] * static_cast<const float*>(p.lam)[done.line[row]];
+      }
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
         second[i * kWarp] = float4{o[4 * i] * factor[0], o[4 * i + 1] * factor[0], o[4 * i + 2] * factor[1], o[4 * i + 3] * factor[1]};
@@ -345,16 +362,17 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   __syncthreads();
   // 512 registers of four threads, one of each warpgroup.
   if (warpgroup == 0) {
-    hopper::lower_registers<40>();
+    hopper::lower_registers<48>();
     BringKeys<T, D, Streams>(p, shared, warp_id()).run();
   } else if (warpgroup == 1) {
-    hopper::lower_registers<72>();
+    hopper::lower_registers<64>();
     BringQueries<T, D, Streams>(p, shared).run();
   } else {
     hopper::raise_registers<200>();
     Attend<T, D, Streams> attend(p, shared, warpgroup - 2);
     // The exchange is empty.
     if (Streams == 2 && warpgroup == 2) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+    if (warpgroup == 2) hopper::arrive_threads(kTurn + 1, 2 * hopper::kWarpgroup);
     attend.run();
   }
 }
@@ -367,6 +385,7 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   p.items = static_cast<unsigned>(p.chunk_rows * p.kv_heads * p.row_tiles);
   p.group = p.heads / p.kv_heads;
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
+  p.summary_rows = p.chunk_rows * p.kv_heads * p.summary_slots;
   p.turned = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
   p.logit_scale = static_cast<float>(p.scale);
   p.log2_scale = static_cast<float>(p.scale * 1.4426950408889634);

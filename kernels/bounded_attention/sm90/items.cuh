@@ -28,6 +28,7 @@ struct Arguments : BoundedAttentionForward {
   uint32_t group_inverse;  // of 2^32
   bool turned;  // the bank meets other queries than the window
   float logit_scale, log2_scale, inverse_scale, eps;
+  int64_t summary_rows;  // of keys, and of values, in summary_rounded
   CUtensorMap k_map, v_map;
 
   // r / group and r % group for rows of an item, without a division.
@@ -84,19 +85,17 @@ struct Shared {
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-// A warp calls f() for the items of this block in order, with `at` filled in. A block has a run of neighbouring items of one KV head, or
-// few: what it reads next is in the L2 cache, and what belongs to a head or a chunk alone is worked out once.
+// A warp calls f() for the items of this block in order, with `at` filled in. All row tiles and KV heads of a chunk stand together, so
+// that the blocks at work share its keys, and those of its neighbours, in the L2 cache.
 template <class F>
 __device__ inline void for_items(const Arguments& p, Place& at, int item_rows, F f) {
-  const unsigned share = p.items / gridDim.x, more = p.items % gridDim.x;
-  const unsigned begin = blockIdx.x * share + min(blockIdx.x, more), end_index = begin + share + (blockIdx.x < more);
-  at.row0_of_sequence = at.next = 0;
-  for (unsigned index = begin; index < end_index; ++index) {
-    const unsigned row_of_head = index / p.row_tiles;
-    const int kv_head = static_cast<int>(row_of_head / static_cast<unsigned>(p.chunk_rows));
-    const int snapshot = static_cast<int>(row_of_head % static_cast<unsigned>(p.chunk_rows));
+  at.next = 0;
+  for (unsigned index = blockIdx.x; index < p.items; index += gridDim.x) {
+    const unsigned tile_row = index / p.row_tiles;
+    const int snapshot = static_cast<int>(tile_row / static_cast<unsigned>(p.kv_heads));
+    const int kv_head = static_cast<int>(tile_row % static_cast<unsigned>(p.kv_heads));
     __syncwarp();
-    if (snapshot >= at.next || snapshot < at.row0_of_sequence) {
+    if (snapshot >= at.next) {
       const int64_t n = sequence_of_row(p, snapshot);
       const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk);
       __syncwarp();

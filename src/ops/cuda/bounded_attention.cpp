@@ -127,6 +127,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   p.o2 = data(o2);
   p.diff = data(diff);
   p.lse = data(lse);
+  const bool rounds = problem.path == Path::kSm90 && p.summary_slots > 0;
+  const auto summary_rounded =
+      rounds ? at::empty({2, p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, q.options()) : at::empty({0}, q.options());
+  p.summary_rounded = data(summary_rounded);
   C10_CUDA_CHECK(kernels_of(problem.path).forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   return {y, o2, diff, lse};
 }
