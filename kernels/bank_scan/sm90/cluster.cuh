@@ -15,9 +15,15 @@ __device__ inline int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// In two halves, so that work which needs no other block can stand between.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// In two halves, so that work which needs no other block can stand between. By all threads of a warp together.
+__device__ inline void cluster_arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // The address, in the shared memory of block `rank`, of what lies at `local` in this one's.
 __device__ inline uint32_t remote_address(const void* local, int rank) {
@@ -31,10 +37,13 @@ __device__ inline void send(uint32_t to, uint32_t word, uint32_t barrier) {
                : "memory");
 }
 __device__ inline void send(uint32_t to, float x, uint32_t barrier) { send(to, __float_as_uint(x), barrier); }
-__device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
+__device__ inline void send(uint32_t to, uint32_t x, uint32_t y, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
-               "r"(__float_as_uint(x)), "r"(__float_as_uint(y)), "r"(barrier)
+               "r"(x), "r"(y), "r"(barrier)
                : "memory");
+}
+__device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
+  send(to, __float_as_uint(x), __float_as_uint(y), barrier);
 }
 // Waits for the phase of this parity, and sees what other blocks stored for it.
 __device__ inline void wait_cluster(uint64_t* barrier, uint32_t parity) {

@@ -19,18 +19,28 @@ struct Tiles {
       : slot_groups((p.slots + kTileColumns - 1) / kTileColumns),
         groups(slot_groups + (p.candidates + kTileColumns - 1) / kTileColumns),
         batches((p.candidates + kTileRows - 1) / kTileRows) {}
-  __host__ __device__ int numbers() const { return groups * batches * kTile; }
+  __host__ __device__ int tiles() const { return groups * batches; }
+  // Floats from one candidate's scores to the next one's: odd, so that a column meets all banks.
+  __host__ __device__ int pitch() const { return groups * kTileColumns + 1; }
 };
 
 struct Layout {
   float* row;       // (T, D) the candidates of this head
   float* norm;      // (T)
-  float* cosine;    // (Hkv, numbers) block 0: what all heads sent
-  float* score;     // (T, columns)
+  float* cosine;    // (Hkv, tiles, kTilePitch) what all heads sent; this and the rest in block 0 alone
+  uint32_t* key;    // (T, pitch) of the scores
+  Match* match;     // (T) best slot
+  int64_t* time;    // (Me + T) last touch of the slots, then position of the candidates
+  uint32_t* order;  // (Me + T) of these
+  bool* used;       // (Me)
+  int* filled;      // (T)
 
   __host__ __device__ Layout(Carver& carver, const RouteExactBankParams& p, const Tiles& tiles)
       : row(carver.take<float>(int64_t{tiles.batches} * kTileRows * p.dim)), norm(carver.take<float>(tiles.batches * kTileRows)),
-        cosine(carver.take<float>(int64_t{p.kv_heads} * tiles.numbers())), score(carver.take<float>(tiles.numbers())) {}
+        cosine(carver.take<float>(int64_t{p.kv_heads} * tiles.tiles() * kTilePitch)),
+        key(carver.take<uint32_t>(p.candidates * tiles.pitch())), match(carver.take<Match>(p.candidates)),
+        time(carver.take<int64_t>(p.slots + p.candidates)), order(carver.take<uint32_t>(p.slots + p.candidates)),
+        used(carver.take<bool>(p.slots)), filled(carver.take<int>(kWarp)) {}
 };
 
 size_t layout_bytes(const RouteExactBankParams& p) {
@@ -39,34 +49,41 @@ size_t layout_bytes(const RouteExactBankParams& p) {
   return sizes.used();
 }
 
-__device__ void decide(const RouteExactBankParams& p, const Layout& work, const Tiles& tiles, SlotRegisters& bank,
-                       double gate, int64_t position, int64_t b) {
+// The mean cosines of one candidate, its best slot among them. One warp.
+__device__ void score_candidate(const RouteExactBankParams& p, const Layout& work, const Tiles& tiles, int c) {
+  const float reciprocal = 1.0f / static_cast<float>(p.kv_heads);
+  const float* sent = work.cosine + c / kTileRows * tiles.groups * kTilePitch + c % kTileRows * kTileColumns;
+  uint32_t* key = work.key + c * tiles.pitch();
+#pragma unroll 1
+  for (int column = lane_id(); column < tiles.groups * kTileColumns; column += kWarp) {
+    const float score = head_mean(sent + column / kTileColumns * kTilePitch + column % kTileColumns, tiles.tiles() * kTilePitch,
+                                  p.kv_heads, reciprocal);
+    key[column] = column < p.slots && !work.used[column] ? 0 : score_key(score);
+  }
+  const Match match = best_match(p.slots, [&](int j) { return key[j]; });
+  if (lane_id() == 0) work.match[c] = match;
+}
+
+__device__ void decide(const RouteExactBankParams& p, const Layout& work, const Tiles& tiles, double gate, int64_t b) {
   const NoveltyRule rule{p.slots, p.num_sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
-  const float tau_novel = float_threshold(p.tau_novel), tau_match = float_threshold(p.tau_match);
-  unsigned kept = p.slots == p.num_sinks ? 0 : __ballot_sync(kAllLanes, lane_id() < p.candidates && gate >= p.tau_exact);
-  int64_t my_slot = -1, my_action = kSkip;
-  while (kept) {
-    const int i = __ffs(kept) - 1;
-    kept &= kept - 1;
-    const float* scores = work.score + i * tiles.groups * kTileColumns;
-    int slot;
-    const RouteAction action = bank.route(
-        rule, tau_novel, tau_match, i, __shfl_sync(kAllLanes, position, i), [&](int j) { return scores[j]; },
-        [&](int other) { return scores[tiles.slot_groups * kTileColumns + other]; }, slot);
-    if (lane_id() == i) {
-      my_slot = slot;
-      my_action = action;
-    }
-  }
+  const unsigned kept =
+      p.slots == p.num_sinks ? 0 : __ballot_sync(kAllLanes, lane_id() < p.candidates && gate >= p.tau_exact);
+  SlotQueue queue;
+  queue.load(p.slots, p.num_sinks, [&](int j) { return work.used[j]; }, [&](int j) { return work.order[j]; });
+  int slot;
+  const auto key = [&](int c, int column) { return work.key[min(c, p.candidates - 1) * tiles.pitch() + column]; };
+  const RouteAction action = queue.route(
+      rule, kept, work.match[min(lane_id(), p.candidates - 1)], [&](int i) { return work.order[p.slots + i]; },
+      [&](int c, int i) { return key(c, tiles.slot_groups * kTileColumns + i); }, key, work.filled, slot);
   if (lane_id() < p.candidates) {
-    p.slot[b * p.candidates + lane_id()] = my_slot;
-    p.action[b * p.candidates + lane_id()] = my_action;
+    p.slot[b * p.candidates + lane_id()] = slot;
+    p.action[b * p.candidates + lane_id()] = action;
   }
-#pragma unroll
-  for (int u = 0; u < kPerLane; ++u) {
-    const int j = bank.slot_of(u);
-    if (j < p.slots) p.new_last_touch[b * p.slots + j] = bank.last_touch(u);
-  }
+  // The last candidate that touched a slot.
+  const unsigned together = __match_any_sync(kAllLanes, slot);
+  if (slot >= 0 && kWarp - 1 - __clz(together) == lane_id()) work.time[slot] = work.time[p.slots + lane_id()];
+  __syncwarp();
+  for (int j = lane_id(); j < p.slots; j += kWarp) p.new_last_touch[b * p.slots + j] = work.time[j];
 }
 
 // One block for each head: its cosines go to block 0 of the cluster, which sums them in head order and decides.
@@ -83,21 +100,11 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
   if (threadIdx.x == 0) {
     hopper::init_barrier(&arrived, 1);
     hopper::fence_barrier_init();
-  }
-  __syncthreads();
-  cluster_arrive();
-
-  SlotRegisters bank;
-  const bool decides = head == 0 && warp_id() == 0;
-  double gate = 0.0;
-  int64_t position = 0;
-  if (decides) {
-    bank.load(p.slots, [&](int j) { return p.used[b * p.slots + j]; }, [&](int j) { return p.last_touch[b * p.slots + j]; });
-    if (lane_id() < p.candidates) {
-      gate = p.gate[b * p.candidates + lane_id()];
-      position = p.position[b * p.candidates + lane_id()];
+    if (head == 0) {
+      hopper::arrive_expect(&arrived, static_cast<uint32_t>(p.kv_heads * tiles.tiles() * kTile * sizeof(float)));
     }
   }
+  cluster_arrive();
   const T* slot_values = static_cast<const T*>(p.bank_value) + (b * p.kv_heads + head) * p.slots * dim;
   const T* values = static_cast<const T*>(p.value) + (b * p.kv_heads + head) * p.candidates * dim;
   float column[kTileColumns][kParts];
@@ -120,9 +127,23 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
     const float norm = lane_norm(mine);
     if (lane_id() == 0) work.norm[i] = norm;
   }
+  double gate = 0.0;
+  const int item = static_cast<int>(blockDim.x - 1 - threadIdx.x), items = p.slots + p.candidates;
+  if (head == 0) {
+    if (warp_id() == 0 && lane_id() < p.candidates) gate = p.gate[b * p.candidates + lane_id()];
+    for (int j = item; j < items; j += blockDim.x) {
+      if (j < p.slots) work.used[j] = p.used[b * p.slots + j];
+      work.time[j] = j < p.slots ? p.last_touch[b * p.slots + j] : p.position[b * p.candidates + j - p.slots];
+    }
+  }
   __syncthreads();
-  cluster_wait();
-  const uint32_t to = remote_address(work.cosine + head * tiles.numbers() + lane_id(), 0), barrier = remote_address(&arrived, 0);
+  cluster_wait();  // other blocks must run before anything is sent to them
+  if (head == 0) {
+    // By the last warps, to which no tiles fall where there are few.
+    for (int j = item; j < items; j += blockDim.x) work.order[j] = order_among(work.time, items, work.time[j]);
+  }
+  const uint32_t to = remote_address(work.cosine + head * tiles.tiles() * kTilePitch + lane_id(), 0),
+                 barrier = remote_address(&arrived, 0);
   for (; group < tiles.groups; group += warp_count()) {
     if (group >= tiles.slot_groups) {
 #pragma unroll
@@ -132,48 +153,35 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
     } else if (group != warp_id()) {
       load_slots(group);
     }
-    float norm = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kTileColumns; ++j) {
-      const float here = lane_norm(column[j]);
-      if (lane_id() % kTileColumns == j) norm = here;
-    }
+    const float norm = column_norm(column);
     for (int batch = 0; batch < tiles.batches; ++batch) {
-      const float dot = tile_dots<true>(column, [&](float(&to)[kParts], int i) { load_staged(to, batch * kTileRows + i); });
+      const float dot =
+          tile_dots<true>(column, [&](float(&to)[kParts], int i) { load_staged(to, batch * kTileRows + i); });
       const float cosine = div_rn(dot, mul_rn(work.norm[batch * kTileRows + lane_id() / kTileColumns], norm));
-      send(to + (batch * tiles.groups + group) * kTile * sizeof(float), cosine, barrier);
+      send(to + (batch * tiles.groups + group) * kTilePitch * sizeof(float), cosine, barrier);
     }
   }
   if (head != 0) return;
-  if (threadIdx.x == 0) {
-    hopper::arrive_expect(&arrived, static_cast<uint32_t>(p.kv_heads * tiles.numbers() * sizeof(float)));
-  }
   wait_cluster(&arrived, 0);
-  for (int item = threadIdx.x; item < tiles.numbers(); item += blockDim.x) {
-    float total = 0.0f;
-#pragma unroll 8
-    for (int h = 0; h < p.kv_heads; ++h) total = add_rn(total, work.cosine[h * tiles.numbers() + item]);
-    const int lane = item % kTile, tile = item / kTile;
-    const int i = tile / tiles.groups * kTileRows + lane / kTileColumns;
-    const int j = tile % tiles.groups * kTileColumns + lane % kTileColumns;
-    work.score[i * tiles.groups * kTileColumns + j] = div_rn(total, static_cast<float>(p.kv_heads));
-  }
+  for (int c = warp_id(); c < p.candidates; c += warp_count()) score_candidate(p, work, tiles, c);
   __syncthreads();
-  if (decides) decide(p, work, tiles, bank, gate, position, b);
+  if (warp_id() != 0) return;
+  decide(p, work, tiles, gate, b);
 }
 
 template <class T, int kParts>
 cudaError_t run(const RouteExactBankParams& p, cudaStream_t stream) {
-  const int threads = std::clamp(Tiles(p).groups, 1, kMaxWarps) * kWarp;
-  return launch_clusters(route_exact_bank_kernel<T, kParts>, p.batch, p.kv_heads, threads, layout_bytes(p), stream, p);
+  const int warps = Tiles(p).groups + (p.slots + p.candidates + kWarp - 1) / kWarp;
+  return launch_clusters(route_exact_bank_kernel<T, kParts>, p.batch, p.kv_heads, std::min(warps, kMaxWarps) * kWarp,
+                         layout_bytes(p), stream, p);
 }
 
 }  // namespace
 
 bool serves(const RouteExactBankParams& p, DType dtype) {
   return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (p.dim == 64 || p.dim == 128) && p.kv_heads >= 1 &&
-         p.kv_heads <= kClusterBlocks && p.candidates >= 1 && p.candidates <= kWarp && p.slots >= 1 && p.slots <= kPerLane * kWarp &&
-         layout_bytes(p) <= kClusterShared;
+         p.kv_heads <= kClusterBlocks && p.candidates >= 1 && p.candidates <= kWarp && p.slots >= 1 &&
+         p.slots <= kPerLane * kWarp && layout_bytes(p) <= kClusterShared;
 }
 
 cudaError_t route_exact_bank(const RouteExactBankParams& p, DType dtype, cudaStream_t stream) {
