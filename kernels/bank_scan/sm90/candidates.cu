@@ -75,7 +75,9 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
   }
   __syncthreads();
   const int exact = p.banks.exact ? exact_count : 0;
-  const auto exact_value = [&](int i, int h) { return view.value(view.source_of(evicted + work.candidate[min(i, exact - 1)]), h); };
+  const auto exact_value = [&](int i, int h) {
+    return view.value(view.source_of(evicted + work.candidate[min(i, exact - 1)]), h);
+  };
   for (int item = warp_id(); exact > 0 && item < heads * kTileRows; item += warp_count()) {
     const int h = item / kTileRows, i = item % kTileRows;
     float mine[kParts];

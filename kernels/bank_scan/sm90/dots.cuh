@@ -47,8 +47,8 @@ __device__ inline void load_packed_row(float (&to)[kParts], const T* row) {
   to[1] = x.y;
 }
 
-// One lane's partial sum. With kFused the products must be exact in float32, as those of two 16-bit numbers are, short of overflow
-// and underflow: a fused multiply-add then rounds like the sum of a rounded product.
+// One lane's partial sum. With kFused the products must be exact in float32, as those of two 16-bit numbers are, short of
+// overflow and underflow: a fused multiply-add then rounds like the sum of a rounded product.
 template <bool kFused, int kParts>
 __device__ inline float lane_product(const float (&a)[kParts], const float (&b)[kParts]) {
   float partial = mul_rn(a[0], b[0]);
@@ -77,8 +77,8 @@ __device__ inline float column_norm(const float (&columns)[kTileColumns][kParts]
   return clamped_root(square);
 }
 
-// One step of the sums of a tile's values over lanes. Each adds the pairs of lanes that warp_sum adds, but passes on only the half of
-// the sums that the other lane goes on with.
+// One step of the sums of a tile's values over lanes. Each adds the pairs of lanes that warp_sum adds, but passes on only the half
+// of the sums that the other lane goes on with.
 template <int kWidth, bool kSwapped>
 __device__ inline void fold_half(float (&x)[kTile]) {
   const bool upper = lane_id() & kWidth;
@@ -90,8 +90,8 @@ __device__ inline void fold_half(float (&x)[kTile]) {
   }
 }
 
-// The dot products of a tile; load(to, i) reads this lane's part of the i-th of its 8 rows. A lane takes the rows in an order of its
-// own, i ^ lane / 4, so that what it passes on always lies in the upper half.
+// The dot products of a tile; load(to, i) reads this lane's part of the i-th of its 8 rows. A lane takes the rows in an order of
+// its own, i ^ lane / 4, so that what it passes on always lies in the upper half.
 template <bool kFused, int kParts, class Load>
 __device__ inline float tile_dots(const float (&columns)[kTileColumns][kParts], Load load) {
   float x[kTile];

@@ -16,7 +16,7 @@ struct ExactLayout {
   float* cosine;                     // (2, Hkv, groups, kTilePitch): what each head sent, of this chunk and the next
   uint32_t* key;                     // (8, columns) of the mean cosines with the slots
   Match* match;                      // (8) best slot
-  int* verdict;                      // (8) slot of each candidate, -1 none; negative beyond that, ~slot, where it was only touched
+  int* verdict;                      // (8) slot of each candidate, plus kTouched where it was only touched; kNone
   int* filled;                       // (32)
   int64_t* time;                     // (columns + 8) last touch; then position of the candidates
 
@@ -35,7 +35,8 @@ struct ExactLayout {
   }
 };
 
-// One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself, alike.
+// One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
+// all alike.
 template <class T, int kParts>
 class ExactScan {
  public:
@@ -151,8 +152,8 @@ class ExactScan {
     if (lane_id() == 0) work.norm[j] = norm;
   }
 
-  // Returns whether all slots were touched before position `next`. If so, as in every state that a scan leaves behind, touches come in
-  // the order of their positions and need only be counted on.
+  // Returns whether all slots were touched before position `next`. If so, as in every state that a scan leaves behind, touches
+  // come in the order of their positions and need only be counted on.
   __device__ bool load_state(int64_t next) {
     const int mine = threadIdx.x;
     if (mine < slots) {
@@ -175,7 +176,9 @@ class ExactScan {
   __device__ void pin(int64_t evicted, int pinned) {
     __syncthreads();
 #pragma unroll 1
-    for (int c = warp_id(); c < pinned; c += warp_count()) hold(static_cast<int>(evicted) + c, view.value(view.source_of(evicted + c), head));
+    for (int c = warp_id(); c < pinned; c += warp_count()) {
+      hold(static_cast<int>(evicted) + c, view.value(view.source_of(evicted + c), head));
+    }
     const auto is_pinned = [&](int j) { return j >= evicted && j < evicted + pinned; };
     if (const int j = threadIdx.x; is_pinned(j)) {
       position_ = time_ = j;

@@ -3,16 +3,17 @@
 #include "../novelty.cuh"
 #include "dots.cuh"
 
-// The rule of novelty.cuh for a batch of at most 32 candidates, with as little as possible in its sequential part: the best slot of
-// each candidate is found ahead, in parallel, scores are compared as integers, and times of last touch are replaced by their order.
+// The rule of novelty.cuh for a batch of at most 32 candidates, with as little as possible in its sequential part: the best slot
+// of each candidate is found ahead, in parallel, scores are compared as integers, and times of last touch are replaced by their
+// order.
 namespace coda::kernels::sm90 {
 
 constexpr int kPerLane = 4;  // slots of a lane, the most: lane + 32 u
 constexpr int kSlotBits = 7;
 constexpr unsigned kSlotMask = (1u << kSlotBits) - 1;
 
-// Where a cluster's blocks keep the cosines of a tile that they sent: tiles lie so far apart that a warp which reads a candidate's
-// cosines with 32 slots meets all banks.
+// Where a cluster's blocks keep the cosines of a tile that they sent: tiles lie so far apart that a warp which reads a
+// candidate's cosines with 32 slots meets all banks.
 constexpr int kTilePitch = kTile + kTileColumns;
 
 // Scores as integers that order like them; 0 stands for no score, NaN is less than any number.
@@ -97,8 +98,9 @@ struct SlotQueue {
   }
 
   // Routes the candidates of the mask in order. Lane c brings the best match of candidate c. order(i) is that of the position of
-  // candidate i, gram(c, i) the key of the cosine of candidates c and i, key(c, j) that of candidate c with what slot j held before.
-  // Leaves the slot that candidate i filled, -1 if none, in filled[i], and returns slot and action of candidate c in lane c.
+  // candidate i, gram(c, i) the key of the cosine of candidates c and i, key(c, j) that of candidate c with what slot j held
+  // before. Leaves the slot that candidate i filled, -1 if none, in filled[i], and returns slot and action of candidate c in lane
+  // c.
   template <class Order, class Gram, class Key>
   __device__ RouteAction route(const NoveltyRule& rule, unsigned candidates, Match match, Order order, Gram gram, Key key,
                                int* filled, int& slot) {

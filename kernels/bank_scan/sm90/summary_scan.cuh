@@ -8,9 +8,9 @@
 namespace coda::kernels::sm90 {
 
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
-// More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums of two
-// 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each is off by 2^-20 at
-// most: 2^-16 + 2^-18 together.
+// More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums of
+// two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each is off by
+// 2^-20 at most: 2^-16 + 2^-18 together.
 constexpr float kMargin = 0x1p-14f;
 
 // Shared memory of one block of the summary bank's cluster, which holds one KV head.
@@ -352,7 +352,8 @@ class SummaryScan {
     const int c = candidate_of_row(r);
     const Match best = best_match(slots, [&](int j) { return work.mass[j] > 0.0f ? score_key(mean_of(r, j)) : 0; });
     if (lane_id() < heads) {
-      send(remote_address(work.best + c, lane_id()), best.key, static_cast<uint32_t>(best.slot), remote_address(decided, lane_id()));
+      send(remote_address(work.best + c, lane_id()), best.key, static_cast<uint32_t>(best.slot),
+           remote_address(decided, lane_id()));
     }
     if (!claims) return;
     const uint32_t a = score_key(mean_of(r, kSummaryRows + 2 * lane_id()));
@@ -379,7 +380,8 @@ class SummaryScan {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int c = lane_id() + u * kWarp;
-        const uint64_t mask = __ballot_sync(kAllLanes, c >= next && c < count && match[u].key < spawning && match[u].key != kNanKey);
+        const bool spawns_here = match[u].key < spawning && match[u].key != kNanKey;
+        const uint64_t mask = __ballot_sync(kAllLanes, c >= next && c < count && spawns_here);
         spawns |= mask << (u * kWarp);
       }
       if (spawns == 0) break;
@@ -402,7 +404,8 @@ class SummaryScan {
     }
   }
 
-  // Prototypes move towards the means of what they were given. Eight lanes have one slot, each 8 neighbouring elements of every 64.
+  // Prototypes move towards the means of what they were given. Eight lanes have one slot, each has 8 neighbouring elements of
+  // every 64.
   __device__ void update(int buffer, int count) const {
     constexpr int kPieces = kDim / 64;
     const int group = lane_id() / 8, j = warp_id() * kWarpSlots + group;
@@ -446,7 +449,8 @@ class SummaryScan {
       const float rate = used ? 1.0f - pow(stay, mass) : 1.0f;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        auto *k = reinterpret_cast<float4*>(work.k + j * kDim + at(piece)), *v = reinterpret_cast<float4*>(work.v + j * kDim + at(piece));
+        auto* k = reinterpret_cast<float4*>(work.k + j * kDim + at(piece));
+        auto* v = reinterpret_cast<float4*>(work.v + j * kDim + at(piece));
         const auto move = [&](float& x, float to) { x = used ? x + rate * (to - x) : to; };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
