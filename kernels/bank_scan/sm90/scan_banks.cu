@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) scan_banks_kernel(BankScan p) {
 
 template <class T>
 size_t exact_bytes(const BankScanParams& p) {
-  return p.dim == 64 ? ExactLayout<T, 64>::bytes(p) : ExactLayout<T, 128>::bytes(p);
+  return p.dim == 64 ? sizeof(ExactShared<T, 64>) : sizeof(ExactShared<T, 128>);
 }
 template <class T>
 size_t summary_bytes(const BankScanParams& p) {

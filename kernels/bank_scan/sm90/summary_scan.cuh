@@ -210,14 +210,14 @@ class SummaryScan {
       approximate(buffer, count);
       if (const int rows = owned_count(count); rows > 0) {
         expect(scored, heads * rows * slots * static_cast<int>(sizeof(float)));
-        wait_cluster(scored, scored_parity_);
+        hopper::wait(scored, scored_parity_);
         scored_parity_ ^= 1;
         for (int r = warp_id(); r < owned; r += warp_count()) {
           if (candidate_of_row(r) < count) settle(r);
         }
       }
       expect(decided, count * static_cast<int>(sizeof(int)));
-      wait_cluster(decided, decided_parity_);
+      hopper::wait(decided, decided_parity_);
       decided_parity_ ^= 1;
       // Every warp finds the open ones; the lists are the same.
       open = 0;
@@ -240,14 +240,14 @@ class SummaryScan {
     const int words = 2 * open + (free > 0 ? open * kSummaryRows : 0);
     if (const int rows = owned_count(open); rows > 0) {
       expect(scored, heads * (rows * (slots + (free > 0 ? kSummaryRows : 0))) * static_cast<int>(sizeof(float)));
-      wait_cluster(scored, scored_parity_);
+      hopper::wait(scored, scored_parity_);
       scored_parity_ ^= 1;
       for (int r = warp_id(); r < owned; r += warp_count()) {
         if (candidate_of_row(r) < open) find_best(r, free > 0);
       }
     }
     expect(decided, words * static_cast<int>(sizeof(int)));
-    wait_cluster(decided, decided_parity_);
+    hopper::wait(decided, decided_parity_);
     decided_parity_ ^= 1;
     if (free > 0) {
       if (warp_id() == 0) claim(count);
