@@ -5,7 +5,8 @@
 
 namespace coda::kernels::sm90 {
 
-// Shared memory of one block of the exact bank's cluster, which holds one KV head. Of a fixed size, so that addresses are constants.
+// Shared memory of one block of the exact bank's cluster, which holds one KV head. Of a fixed size, so that addresses are
+// constants.
 template <class T, int kDim>
 struct alignas(16) ExactShared {
   static constexpr int kBuffers = 3, kSlots = kPerLane * kWarp, kSent = kSlots / kTileColumns * kTilePitch;
@@ -29,14 +30,14 @@ class ExactScan {
       : p(params), view(params, n), carver_(params.workspace), work(*reinterpret_cast<Shared*>(shared)),
         lists(carver_, params, params.banks), sent(barriers), fetched(barriers + 2), head(cluster_rank()),
         heads(params.kv_heads), slots(params.exact_slots), sinks(params.num_sinks),
-        groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
+        chunks(static_cast<int>(view.span.chunks)), groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
         bytes(static_cast<uint32_t>(params.kv_heads * groups * kTile * sizeof(float))) {}
 
   __device__ void run() {
     const Span& span = view.span;
     // The chunks from `first` on evict.
-    int64_t first = 0;
-    while (first < span.chunks && !view.evicts(span.chunk_start(first, p.chunk))) ++first;
+    int first = 0;
+    while (first < chunks && !view.evicts(span.chunk_start(first, p.chunk))) ++first;
     if (threadIdx.x == 0) {
       for (int turn = 0; turn < 2; ++turn) {
         hopper::init_barrier(sent + turn, 1);
@@ -49,7 +50,7 @@ class ExactScan {
     }
     cluster_arrive();
     const bool counted = load_state(span.chunk_start(first, p.chunk) - p.window);
-    for (int64_t i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
+    for (int i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
     const NoveltyRule rule{slots, sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
     const auto order_of = [&](int j) { return order_among(work.time, kSlots + kTileRows, work.time[j]); };
     const auto used = [&](int j) { return used_ >> (j / kWarp) & 1; };
@@ -60,7 +61,7 @@ class ExactScan {
     uint32_t parity = 0, fetched_parity = 0;
     int buffer = 0, turn = 0;
 #pragma unroll 1
-    for (int64_t i = first; i < span.chunks; ++i) {
+    for (int i = first; i < chunks; ++i) {
       const int64_t evicted = span.chunk_start(i, p.chunk) - p.window;
       const auto& chunk = work.chunk[buffer];
       if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
@@ -124,8 +125,8 @@ class ExactScan {
   static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
 
   // Thread 0.
-  __device__ void fetch(int64_t i, int buffer) const {
-    if (i >= view.span.chunks) return;
+  __device__ void fetch(int i, int buffer) const {
+    if (i >= chunks) return;
     constexpr uint32_t size = sizeof(ExactCandidates<T, kDim>);
     hopper::arrive_expect(fetched + buffer, size);
     hopper::load_bytes(work.chunk + buffer, &lists.of<T, kDim>(view.span.row0 + i, heads, head), fetched + buffer, size);
@@ -245,7 +246,7 @@ class ExactScan {
   Shared& work;
   const CandidateLists lists;
   uint64_t *sent, *fetched;  // barriers (2) and (3): cosines of all heads, and candidates
-  const int head, heads, slots, sinks, groups;
+  const int head, heads, slots, sinks, chunks, groups;
   const uint32_t bytes;
   unsigned used_ = 0;  // bit u for slot lane + 32 u
   int64_t position_ = -1, time_ = 0;  // of the slot of this thread's number

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kMaxWarps = 20;
 
-// A tile is 8 candidates, one of kBatches batches, by 4 columns: first the slots, then, from column kSlots on, the candidates. Of a
-// fixed size, so that addresses are constants.
+// A tile is 8 candidates, one of kBatches batches, by 4 columns: first the slots, then, from column kSlots on, the candidates. Of
+// a fixed size, so that addresses are constants.
 template <int kDim, int kBatches>
 struct alignas(16) RouteShared {
   static constexpr int kSlots = kPerLane * kWarp, kRows = kBatches * kTileRows, kSlotGroups = kSlots / kTileColumns;
@@ -20,7 +20,7 @@ struct alignas(16) RouteShared {
   float norm[kRows];
   // The rest in block 0 alone.
   float cosine[kClusterBlocks][kBatches][kGroups * kTilePitch];  // what all heads sent
-  uint32_t key[kRows][kGroups * kTileColumns + 1];               // of the means; rows of odd length, so that a column meets all banks
+  uint32_t key[kRows][kGroups * kTileColumns + 1];               // of the means; of odd length: a column meets all banks
   Match match[kRows];                                            // best slot
   int filled[kWarp];
   bool used[kSlots];
@@ -35,7 +35,8 @@ __device__ void score_candidate(const RouteExactBankParams& p, Shared& work, int
   const float* sent = work.cosine[0][c / kTileRows] + c % kTileRows * kTileColumns;
   constexpr int stride = sizeof(work.cosine[0]) / sizeof(float);
   const auto key = [&](int column) {
-    return score_key(head_mean(sent + column / kTileColumns * kTilePitch + column % kTileColumns, stride, p.kv_heads, reciprocal));
+    const float* from = sent + column / kTileColumns * kTilePitch + column % kTileColumns;
+    return score_key(head_mean(from, stride, p.kv_heads, reciprocal));
   };
   if (lane_id() < p.candidates) work.key[c][Shared::kSlots + lane_id()] = key(Shared::kSlots + lane_id());
   const Match match = best_match(p.slots, [&](int j) { return work.key[c][j] = work.used[j] ? key(j) : 0; });
