@@ -9,7 +9,6 @@ namespace coda::kernels {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kPairs = 4;  // of the D / 2 <= 128 pairs of a row, those of one lane: lane + 32 u
 
 // Where the gradients of flat source `source` of one sequence and head gather.
 template <class T>
@@ -96,10 +95,12 @@ __global__ void __launch_bounds__(kWarps * kWarp) exact_slots_kernel(BankScanBac
 }
 
 // The summary bank backwards through the chunks. Slots meet only in the assignment, which is a constant, so one warp follows one
-// slot of one KV head; the mass and the gates, which heads share, get each head's share apart.
-template <class T>
+// slot of one KV head; the mass and the gates, which heads share, get each head's share apart. Of the D / 2 pairs of a row, one
+// lane has kPairs: lane + 32 u.
+template <class T, int kPairs>
 __global__ void __launch_bounds__(kWarps * kWarp) summary_kernel(BankScanBackward p) {
   using A = acc_t<T>;
+  constexpr int kBatch = 32 / (kPairs * sizeof(A));  // members of a slot whose rows are read together
   const int64_t item = blockIdx.x * static_cast<int64_t>(kWarps) + warp_id();
   if (item >= p.sequences * p.summary_slots * p.kv_heads) return;
   const int head = static_cast<int>(item % p.kv_heads), slot = static_cast<int>(item / p.kv_heads % p.summary_slots);
@@ -144,15 +145,6 @@ __global__ void __launch_bounds__(kWarps * kWarp) summary_kernel(BankScanBackwar
     grad_mass += static_cast<const A*>(p.grad_summary_mass)[row * p.summary_slots + slot];
     if (!view.evicts(start)) continue;
 
-    const auto gate_of = [&](int c) { return sigmoid(view.gate(view.source_of(evicted + c), 0)); };
-    const auto members = [&](auto f) {
-      for (int base = 0; base < p.chunk; base += kWarp) {
-        const int mine = base + lane_id();
-        unsigned left = __ballot_sync(kAllLanes, mine < p.chunk && p.assignment[row * p.chunk + mine] == slot);
-        for (; left != 0; left &= left - 1) f(base + __ffs(left) - 1);
-      }
-    };
-    A mass = A(0), mean_k[kPairs][2] = {}, mean_v[kPairs][2] = {};
     const auto pairs = [&](auto f) {
 #pragma unroll
       for (int u = 0; u < kPairs; ++u) {
@@ -162,15 +154,50 @@ __global__ void __launch_bounds__(kWarps * kWarp) summary_kernel(BankScanBackwar
         f(u, 1, second_of_pair(j, dim, p.rope_interleaved));
       }
     };
-    members([&](int c) {
-      const int source = view.source_of(evicted + c);
-      const T *k = view.bank_key(source, head), *v = view.value(source, head);
-      const A gate = gate_of(c);
-      mass += gate;
-      pairs([&](int u, int e, int d) {
-        mean_k[u][e] += gate * static_cast<A>(widen(k[d]));
-        mean_v[u][e] += gate * static_cast<A>(widen(v[d]));
-      });
+    struct Member {
+      int c;  // -1 none
+      int64_t source;
+      A gate, k[kPairs][2], v[kPairs][2];
+    };
+    // f takes members in order, a batch at a time: a slot has few, and what costs is the wait for each row.
+    const auto members = [&](auto f) {
+#pragma unroll 1
+      for (int base = 0; base < p.chunk; base += kWarp) {
+        const int mine = base + lane_id();
+        unsigned left = __ballot_sync(kAllLanes, mine < p.chunk && p.assignment[row * p.chunk + mine] == slot);
+#pragma unroll 1
+        while (left != 0) {
+          Member batch[kBatch];
+#pragma unroll
+          for (auto& member : batch) {
+            member.c = left == 0 ? -1 : base + __ffs(left) - 1;
+            left &= left - 1;
+            if (member.c < 0) continue;
+            member.source = view.source_of(evicted + member.c);
+            const T *k = view.bank_key(member.source, head), *v = view.value(member.source, head);
+            member.gate = view.gate(member.source, 0);
+            pairs([&](int u, int e, int d) {
+              member.k[u][e] = static_cast<A>(widen(k[d]));
+              member.v[u][e] = static_cast<A>(widen(v[d]));
+            });
+          }
+#pragma unroll
+          for (auto& member : batch) member.gate = sigmoid(member.gate);
+          f(batch);
+        }
+      }
+    };
+    A mass = A(0), mean_k[kPairs][2] = {}, mean_v[kPairs][2] = {};
+    members([&](const auto& batch) {
+#pragma unroll
+      for (const auto& member : batch) {
+        if (member.c < 0) continue;
+        mass += member.gate;
+        pairs([&](int u, int e, int) {
+          mean_k[u][e] += member.gate * member.k[u][e];
+          mean_v[u][e] += member.gate * member.v[u][e];
+        });
+      }
     });
     if (!(mass > A(0))) continue;
     pairs([&](int u, int e, int d) {
@@ -194,31 +221,42 @@ __global__ void __launch_bounds__(kWarps * kWarp) summary_kernel(BankScanBackwar
       share_mass -= grad_rate * stay * log_stay;
       grad_eta_logit += grad_rate * mass * stay * eta;
     }
-    members([&](int c) {
-      const int source = view.source_of(evicted + c);
-      const T *k = view.bank_key(source, head), *v = view.value(source, head);
-      const A gate = gate_of(c);
-      const SourceGradient<T> to(p, view, source, head);
-      const A weight = rate * gate / mass;
-      A along = A(0);
-      pairs([&](int u, int e, int d) {
-        const A factor = rule.key_factor<A>(d);
-        along += grad_k[u][e] * (factor * static_cast<A>(widen(k[d])) - mean_k[u][e]) +
-                 grad_v[u][e] * (static_cast<A>(widen(v[d])) - mean_v[u][e]);
-        to.v[d] += weight * grad_v[u][e];
-      });
-      along = warp_sum(along);
+    members([&](auto& batch) {
+      A along[kBatch] = {};
 #pragma unroll
-      for (int u = 0; u < kPairs; ++u) {
-        const int j = lane_id() + u * kWarp;
-        if (j >= half) break;
-        const int first = first_of_pair(j, p.rope_interleaved), second = second_of_pair(j, dim, p.rope_interleaved);
-        A a = weight * rule.key_factor<A>(first) * grad_k[u][0], b = weight * rule.key_factor<A>(second) * grad_k[u][1];
-        if (p.has_bank_distance) turn_pair(a, b, rope_angle<A>(evicted + c, p.inv_freq[j]));
-        to.k[first] += a;
-        to.k[second] += b;
+      for (int b = 0; b < kBatch; ++b) {
+        if (batch[b].c < 0) continue;
+        pairs([&](int u, int e, int d) {
+          along[b] += grad_k[u][e] * (rule.key_factor<A>(d) * batch[b].k[u][e] - mean_k[u][e]) +
+                      grad_v[u][e] * (batch[b].v[u][e] - mean_v[u][e]);
+        });
+        along[b] = warp_sum(along[b]);
+        // The row is not needed any more: what its gradient holds so far takes its place.
+        const SourceGradient<T> to(p, view, batch[b].source, head);
+        pairs([&](int u, int e, int d) {
+          batch[b].k[u][e] = to.k[d];
+          batch[b].v[u][e] = to.v[d];
+        });
       }
-      if (lane_id() == 0) *to.gate += (rate * along / mass + share_mass) * gate * (A(1) - gate);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (batch[b].c < 0) continue;
+        const SourceGradient<T> to(p, view, batch[b].source, head);
+        const A gate = batch[b].gate, weight = rate * gate / mass;
+#pragma unroll
+        for (int u = 0; u < kPairs; ++u) {
+          const int j = lane_id() + u * kWarp;
+          if (j >= half) break;
+          const int first = first_of_pair(j, p.rope_interleaved), second = second_of_pair(j, dim, p.rope_interleaved);
+          A x = weight * rule.key_factor<A>(first) * grad_k[u][0], y = weight * rule.key_factor<A>(second) * grad_k[u][1];
+          if (p.has_bank_distance) turn_pair(x, y, rope_angle<A>(evicted + batch[b].c, p.inv_freq[j]));
+          to.k[first] = batch[b].k[u][0] + x;
+          to.k[second] = batch[b].k[u][1] + y;
+          to.v[first] = batch[b].v[u][0] + weight * grad_v[u][0];
+          to.v[second] = batch[b].v[u][1] + weight * grad_v[u][1];
+        }
+        if (lane_id() == 0) *to.gate += (rate * along[b] / mass + share_mass) * gate * (A(1) - gate);
+      }
     });
     set(grad_k, used ? A(1) - rate : A(0));
     set(grad_v, used ? A(1) - rate : A(0));
@@ -255,7 +293,8 @@ cudaError_t bank_scan_backward(const BankScanBackward& params, DType dtype, cuda
     if (status != cudaSuccess) return status;
     status = launch(exact_slots_kernel<T>, warps_grid(p.sequences * p.kv_heads * p.exact_slots), kWarps * kWarp, 0, stream, p);
     if (status != cudaSuccess) return status;
-    return launch(summary_kernel<T>, warps_grid(p.sequences * p.summary_slots * p.kv_heads), kWarps * kWarp, 0, stream, p);
+    const auto kernel = p.dim <= 128 ? summary_kernel<T, 2> : summary_kernel<T, 4>;
+    return launch(kernel, warps_grid(p.sequences * p.summary_slots * p.kv_heads), kWarps * kWarp, 0, stream, p);
   });
 }
 

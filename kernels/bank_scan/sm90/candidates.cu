@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
   const Layout work(carver, p);
   const CandidateLists lists(global, p, p.banks);
   const int pinned = view.sinks_at(start), heads = p.kv_heads;
+  const auto to = [&](int h) -> auto& { return lists.of<T, kParts * kWarp>(row, heads, h); };
   for (int c = threadIdx.x; c < p.chunk; c += blockDim.x) work.logit[c] = view.gate(view.source_of(evicted + c), 0);
   __syncthreads();
   if (warp_id() == 0 && p.banks.exact) {
@@ -49,11 +50,12 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
       }
       return rank < p.exact_candidates;
     });
-    int* source = lists.exact_source + row * 2 * kExactCandidates;
-    if (lane_id() < kExactCandidates) {
-      const int c = lane_id() < kept ? work.candidate[lane_id()] : -1;
-      source[lane_id()] = c < 0 ? -1 : view.source_of(evicted + c);
-      source[kExactCandidates + lane_id()] = c;
+    if (lane_id() < kTileRows) {
+      const int c = lane_id() < kept ? work.candidate[lane_id()] : -1, source = c < 0 ? -1 : view.source_of(evicted + c);
+      for (int h = 0; h < heads; ++h) {
+        to(h).source[lane_id()] = source;
+        to(h).offset[lane_id()] = c;
+      }
     }
     if (lane_id() == 0) exact_count = kept;
   }
@@ -64,22 +66,26 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     for (int i = lane_id(); i < kept; i += kWarp) {
       const int c = work.offset[i], source = view.source_of(evicted + c);
       work.source[i] = source;
-      lists.summary_source[row * lists.tokens + i] = source;
       lists.summary_offset[row * lists.tokens + i] = c;
       lists.summary_gate[row * lists.tokens + i] = sigmoid(work.logit[c]);
     }
-    for (int i = kept + lane_id(); i < lists.tokens; i += kWarp) lists.summary_source[row * lists.tokens + i] = -1;
+    for (int i = lane_id(); i < heads * lists.tokens; i += kWarp) {
+      if (i % lists.tokens >= kept) lists.summary_rows[row * heads * lists.tokens + i] = {};
+    }
     if (lane_id() == 0) lists.summary_count[row] = summary_count = kept;
   }
   __syncthreads();
   const int exact = p.banks.exact ? exact_count : 0;
-  const auto exact_value = [&](int i, int h) { return view.value(view.source_of(evicted + work.candidate[min(i, exact - 1)]), h); };
+  const auto exact_value = [&](int i, int h) {
+    return view.value(view.source_of(evicted + work.candidate[min(i, exact - 1)]), h);
+  };
   for (int item = warp_id(); exact > 0 && item < heads * kTileRows; item += warp_count()) {
     const int h = item / kTileRows, i = item % kTileRows;
     float mine[kParts];
     load_lane_row(mine, exact_value(i, h));
     const float norm = lane_norm(mine);
-    if (lane_id() == 0) work.norm[item] = lists.exact_norm[row * heads * kTileRows + item] = norm;
+    pack_lane_row(to(h).value + i * kParts * kWarp, mine);
+    if (lane_id() == 0) work.norm[item] = to(h).norm[i] = norm;
   }
   const int count = p.banks.summary ? summary_count : 0;
   for (int item = warp_id() * kRowsAtOnce; item < heads * count; item += warp_count() * kRowsAtOnce) {
@@ -93,7 +99,10 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     for (int r = 0; r < kRowsAtOnce; ++r) {
       const float norm = lane_norm(mine[r]);
       const int i = (item + r) / heads, h = (item + r) % heads;
-      if (lane_id() == 0 && i < count) lists.summary_norm[(row * heads + h) * lists.tokens + i] = norm;
+      if (lane_id() != 0 || i >= count) continue;
+      const int64_t at = (row * heads + h) * lists.tokens + i;
+      lists.summary_norm[at] = norm;
+      lists.summary_rows[at] = {view.bank_key(work.source[i], h), view.value(work.source[i], h)};
     }
   }
   if (exact == 0) return;
@@ -112,7 +121,8 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
   for (int item = threadIdx.x; item < kTileRows * kTileRows; item += blockDim.x) {
     float total = 0.0f;
     for (int h = 0; h < heads; ++h) total = add_rn(total, work.cosine[h * kTileRows * kTileRows + item]);
-    lists.exact_gram[row * kTileRows * kTileRows + item] = div_rn(total, static_cast<float>(heads));
+    const uint32_t key = score_key(div_rn(total, static_cast<float>(heads)));
+    for (int h = 0; h < heads; ++h) to(h).gram[item] = key;
   }
 }
 

@@ -2,7 +2,7 @@
 
 #include "../../common/workspace.cuh"
 #include "../scan_view.cuh"
-#include "dots.cuh"
+#include "routing.cuh"
 #include "steps.h"
 
 namespace coda::kernels::sm90 {
@@ -13,28 +13,44 @@ struct BankScan : BankScanForward {
   Banks banks;
 };
 
+// What one head needs of a chunk's candidates for the exact bank, copied as one piece.
+template <class T, int kDim>
+struct alignas(16) ExactCandidates {
+  T value[kTileRows * kDim];                // packed for a warp
+  float norm[kTileRows];
+  uint32_t gram[kTileRows * kTileRows];     // keys of the mean cosines among them
+  int source[kTileRows], offset[kTileRows];  // flat source, and offset among the evicted tokens; -1 beyond the last
+};
+
+// Where the summary bank's block of one head finds a candidate; null beyond the last.
+struct alignas(16) CandidateRows {
+  const void *key, *value;
+};
+
 // What can be said of a chunk's candidates without the banks, for all chunk rows that evict.
 struct CandidateLists {
   int tokens;           // row length of the summary lists
-  int* exact_source;    // (NC, 2, 8) flat sources, -1 beyond the last; then offsets among the evicted tokens
-  float* exact_norm;    // (NC, Hkv, 8)
-  float* exact_gram;    // (NC, 8, 8) mean cosines among them
+  unsigned char* exact;  // (NC, Hkv) ExactCandidates
   int* summary_count;   // (NC)
-  int* summary_source;  // (NC, tokens)
+  CandidateRows* summary_rows;  // (NC, Hkv, tokens)
   int* summary_offset;  // (NC, tokens)
   float* summary_gate;  // (NC, tokens)
   float* summary_norm;  // (NC, Hkv, tokens)
 
   __host__ __device__ CandidateLists(Carver& carver, const BankScanParams& p, Banks banks) : tokens((p.chunk + 3) / 4 * 4) {
     const int64_t exact_rows = banks.exact ? p.chunk_rows : 0, rows = banks.summary ? p.chunk_rows : 0;
-    exact_source = carver.take<int>(exact_rows * 2 * kExactCandidates);
-    exact_norm = carver.take<float>(exact_rows * p.kv_heads * kExactCandidates);
-    exact_gram = carver.take<float>(exact_rows * kExactCandidates * kExactCandidates);
+    const size_t bytes = p.dim == 64 ? sizeof(ExactCandidates<__half, 64>) : sizeof(ExactCandidates<__half, 128>);
+    exact = carver.take<unsigned char>(exact_rows * p.kv_heads * bytes);
     summary_count = carver.take<int>(rows);
-    summary_source = carver.take<int>(rows * tokens);
+    summary_rows = carver.take<CandidateRows>(rows * p.kv_heads * tokens);
     summary_offset = carver.take<int>(rows * tokens);
     summary_gate = carver.take<float>(rows * tokens);
     summary_norm = carver.take<float>(rows * p.kv_heads * tokens);
+  }
+
+  template <class T, int kDim>
+  __device__ ExactCandidates<T, kDim>& of(int64_t row, int heads, int head) const {
+    return reinterpret_cast<ExactCandidates<T, kDim>*>(exact)[row * heads + head];
   }
 };
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../../common/fragments.cuh"
 #include "../../common/similarity.cuh"
 
 // fixed_order_dot (similarity.cuh) for 32 pairs of rows at a time, with the same bits.
@@ -15,8 +16,39 @@ __device__ inline void load_lane_row(float (&to)[kParts], const T* row) {
   for (int k = 0; k < kParts; ++k) to[k] = widen(row[lane_id() + k * kWarp]);
 }
 
-// One lane's partial sum. With kFused the products must be exact in float32, as those of two 16-bit numbers are, short of overflow
-// and underflow: a fused multiply-add then rounds like the sum of a rounded product.
+// Rows of 16-bit elements packed for such a warp: what one lane takes lies together.
+template <int kParts>
+using Packed = std::conditional_t<kParts == 4, uint2, uint32_t>;
+template <int kParts, class T>
+__device__ inline Packed<kParts>& packed(T* row) {
+  return reinterpret_cast<Packed<kParts>*>(row)[lane_id()];
+}
+template <int kParts, class T>
+__device__ inline void pack_lane_row(T* to, const float (&from)[kParts]) {
+  if constexpr (kParts == 4) {
+    packed<kParts>(to) = {pack<T>(from[0], from[1]), pack<T>(from[2], from[3])};
+  } else {
+    packed<kParts>(to) = pack<T>(from[0], from[1]);
+  }
+}
+template <int kParts, class T>
+__device__ inline void load_packed_row(float (&to)[kParts], const T* row) {
+  const auto words = packed<kParts>(const_cast<T*>(row));
+  float2 x;
+  if constexpr (kParts == 4) {
+    x = unpack<T>(words.y);
+    to[2] = x.x;
+    to[3] = x.y;
+    x = unpack<T>(words.x);
+  } else {
+    x = unpack<T>(words);
+  }
+  to[0] = x.x;
+  to[1] = x.y;
+}
+
+// One lane's partial sum. With kFused the products must be exact in float32, as those of two 16-bit numbers are, short of
+// overflow and underflow: a fused multiply-add then rounds like the sum of a rounded product.
 template <bool kFused, int kParts>
 __device__ inline float lane_product(const float (&a)[kParts], const float (&b)[kParts]) {
   float partial = mul_rn(a[0], b[0]);
@@ -25,14 +57,28 @@ __device__ inline float lane_product(const float (&a)[kParts], const float (&b)[
   return partial;
 }
 
-template <int kParts>
-__device__ inline float lane_norm(const float (&x)[kParts]) {
-  const float norm = sqrt_rn(warp_sum(lane_product<false>(x, x)));
+__device__ inline float clamped_root(float square) {
+  const float norm = sqrt_rn(square);
   return norm < 1e-6f ? 1e-6f : norm;
 }
+template <int kParts>
+__device__ inline float lane_norm(const float (&x)[kParts]) {
+  return clamped_root(warp_sum(lane_product<false>(x, x)));
+}
+// Of the column that this lane ends a tile with.
+template <int kParts>
+__device__ inline float column_norm(const float (&columns)[kTileColumns][kParts]) {
+  float square = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kTileColumns; ++j) {
+    const float here = warp_sum(lane_product<false>(columns[j], columns[j]));
+    if (lane_id() % kTileColumns == j) square = here;
+  }
+  return clamped_root(square);
+}
 
-// One step of the sums of a tile's values over lanes. Each adds the pairs of lanes that warp_sum adds, but passes on only the half of
-// the sums that the other lane goes on with.
+// One step of the sums of a tile's values over lanes. Each adds the pairs of lanes that warp_sum adds, but passes on only the
+// half of the sums that the other lane goes on with.
 template <int kWidth, bool kSwapped>
 __device__ inline void fold_half(float (&x)[kTile]) {
   const bool upper = lane_id() & kWidth;
@@ -44,8 +90,8 @@ __device__ inline void fold_half(float (&x)[kTile]) {
   }
 }
 
-// The dot products of a tile; load(to, i) reads this lane's part of the i-th of its 8 rows. A lane takes the rows in an order of its
-// own, i ^ lane / 4, so that what it passes on always lies in the upper half.
+// The dot products of a tile; load(to, i) reads this lane's part of the i-th of its 8 rows. A lane takes the rows in an order of
+// its own, i ^ lane / 4, so that what it passes on always lies in the upper half.
 template <bool kFused, int kParts, class Load>
 __device__ inline float tile_dots(const float (&columns)[kTileColumns][kParts], Load load) {
   float x[kTile];
@@ -62,16 +108,6 @@ __device__ inline float tile_dots(const float (&columns)[kTileColumns][kParts], 
   fold_half<2, false>(x);
   fold_half<1, false>(x);
   return x[0];
-}
-
-// Scores as integers that order like them; 0 stands for none, NaN for less than any number.
-__device__ inline uint32_t score_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);  // one zero
-  const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-  return score == score ? key : 1u;
-}
-__device__ inline float key_score(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
 }  // namespace coda::kernels::sm90

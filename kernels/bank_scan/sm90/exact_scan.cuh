@@ -1,249 +1,256 @@
 #pragma once
 
-#include "../../common/mma.cuh"
 #include "candidates.cuh"
 #include "cluster.cuh"
-#include "routing.cuh"
 
 namespace coda::kernels::sm90 {
 
-// Shared memory of one block of the exact bank's cluster, which holds one KV head. Columns are slots, to a multiple of 4.
-template <class T>
-struct ExactLayout {
-  static constexpr int kBuffers = 3;
-  int groups;       // of 4 slots
-  T* slot;          // (columns, D) values
-  float* norm;      // (columns)
-  T* candidate;     // (3, 8, D) of this chunk and the next two
-  float* gram;      // (3, 8, 8)
-  float* cosine;    // (2, Hkv, groups, 32): what each head sent, of this chunk and the next
-  float* score;     // (8, columns)
-  int* taken;       // (columns) the candidate that a slot took in this chunk, -1 none
-  int64_t* position;  // (columns)
-  int* source;        // (columns)
-
-  __host__ __device__ int columns() const { return groups * kTileColumns; }
-  __host__ __device__ int numbers() const { return groups * kTile; }
-  __host__ __device__ ExactLayout(Carver& carver, const BankScanParams& p)
-      : groups((p.exact_slots + kTileColumns - 1) / kTileColumns), slot(carver.take<T>(int64_t{columns()} * p.dim)),
-        norm(carver.take<float>(columns())), candidate(carver.take<T>(int64_t{kBuffers} * kTileRows * p.dim)),
-        gram(carver.take<float>(kBuffers * kTileRows * kTileRows)), cosine(carver.take<float>(int64_t{2} * p.kv_heads * numbers())),
-        score(carver.take<float>(kTileRows * columns())), taken(carver.take<int>(columns())),
-        position(carver.take<int64_t>(columns())), source(carver.take<int>(columns())) {}
+// Shared memory of one block of the exact bank's cluster, which holds one KV head. Of a fixed size, so that addresses are
+// constants.
+template <class T, int kDim>
+struct alignas(16) ExactShared {
+  static constexpr int kBuffers = 3, kSlots = kPerLane * kWarp, kSent = kSlots / kTileColumns * kTilePitch;
+  ExactCandidates<T, kDim> chunk[kBuffers];  // of this chunk and the next two
+  T slot[kSlots * kDim];                     // values, packed for a warp
+  float norm[kSlots];
+  float cosine[2][kClusterBlocks][kSent];  // what each head sent, of this chunk and the next
+  uint32_t key[kTileRows][kSlots];         // of the mean cosines with the slots
+  Match match[kTileRows];                  // best slot
+  int verdict[kTileRows];                  // slot of each candidate, plus kTouched where it was only touched; kNone
+  int filled[kWarp];
+  int64_t time[kSlots + kTileRows];  // last touch; then position of the candidates
 };
 
-// A cluster walks the chunks of one sequence. Every block has the scores of all heads and decides for itself, alike.
+// One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
+// all alike.
 template <class T, int kParts>
-__device__ inline void scan_exact_bank(const BankScan& p, int64_t n, unsigned char* shared, uint64_t* arrived) {
-  constexpr int dim = kParts * kWarp, kPackets = dim / kPacket;
-  constexpr int kBuffers = ExactLayout<T>::kBuffers;
-  const int head = cluster_rank(), heads = p.kv_heads, slots = p.exact_slots, sinks = p.num_sinks;
-  Carver carver(shared), global(p.workspace);
-  const ExactLayout<T> work(carver, p);
-  const CandidateLists lists(global, p, p.banks);
-  const ScanView<T> view(p, n);
-  const Span& span = view.span;
-  const uint32_t bytes = static_cast<uint32_t>(heads * work.numbers() * sizeof(float));
-  if (threadIdx.x == 0) {
-    for (int turn = 0; turn < 2; ++turn) {
-      hopper::init_barrier(arrived + turn, 1);
-      hopper::arrive_expect(arrived + turn, bytes);
-    }
-    hopper::fence_barrier_init();
-  }
-  __syncthreads();
-  cluster_arrive();
+class ExactScan {
+ public:
+  __device__ ExactScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
+      : p(params), view(params, n), carver_(params.workspace), work(*reinterpret_cast<Shared*>(shared)),
+        lists(carver_, params, params.banks), sent(barriers), fetched(barriers + 2), head(cluster_rank()),
+        heads(params.kv_heads), slots(params.exact_slots), sinks(params.num_sinks),
+        chunks(static_cast<int>(view.span.chunks)), groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
+        bytes(static_cast<uint32_t>(params.kv_heads * groups * kTile * sizeof(float))) {}
 
-  // The chunks from `first` on evict.
-  int64_t first = 0;
-  while (first < span.chunks && !view.evicts(span.chunk_start(first, p.chunk))) ++first;
-  // Candidates come two chunks ahead, and the list that names them three.
-  const int my_row = static_cast<int>(threadIdx.x) / kPackets, my_packet = threadIdx.x % kPackets;
-  const auto listed = [&](int64_t i) {
-    return my_row < kTileRows && i < span.chunks ? lists.exact_source[(span.row0 + i) * 2 * kExactCandidates + my_row] : -1;
-  };
-  const auto fetch = [&](int64_t i, int source) {
-    const int buffer = static_cast<int>(i % kBuffers);
-    if (my_row < kTileRows) {
-      if (source >= 0) {
-        ampere::copy_packet(work.candidate + (buffer * kTileRows + my_row) * dim + my_packet * kPacket,
-                            view.value(source, head) + my_packet * kPacket, true);
+  __device__ void run() {
+    const Span& span = view.span;
+    // The chunks from `first` on evict.
+    int first = 0;
+    while (first < chunks && !view.evicts(span.chunk_start(first, p.chunk))) ++first;
+    if (threadIdx.x == 0) {
+      for (int turn = 0; turn < 2; ++turn) {
+        hopper::init_barrier(sent + turn, 1);
+        hopper::arrive_expect(sent + turn, bytes);
       }
-    } else if (const int item = threadIdx.x - kTileRows * kPackets; item < kTileRows * kTileRows / 4 && i < span.chunks) {
-      ampere::copy_packet(work.gram + buffer * kTileRows * kTileRows + item * 4,
-                          lists.exact_gram + (span.row0 + i) * kTileRows * kTileRows + item * 4, true);
+      for (int buffer = 0; buffer < kBuffers; ++buffer) hopper::init_barrier(fetched + buffer, 1);
+      hopper::fence_barrier_init();
+      fetch(first, 0);
+      fetch(first + 1, 1);
     }
-    ampere::commit_copies();
-  };
-  // Of the candidate that this lane meets in a tile.
-  const auto norm_of = [&](int64_t i) {
-    return i < span.chunks ? lists.exact_norm[((span.row0 + i) * heads + head) * kTileRows + lane_id() / kTileColumns] : 0.0f;
-  };
-  const auto candidate_of = [&](int64_t i, int what) {
-    return lane_id() < kExactCandidates && i < span.chunks
-               ? lists.exact_source[((span.row0 + i) * 2 + what) * kExactCandidates + lane_id()]
-               : -1;
-  };
-
-  // Warp 0 keeps the bank, lane by lane.
-  const NoveltyRule rule{slots, sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
-  const float tau_novel = float_threshold(p.tau_novel), tau_match = float_threshold(p.tau_match);
-  SlotRegisters bank;
-  int64_t inserts = 0, hits = 0;
-  const auto write_index = [&](int32_t* to) {
-    if (warp_id() != 0 || head != 0) return;
-#pragma unroll
-    for (int u = 0; u < kPerLane; ++u) {
-      const int j = bank.slot_of(u);
-      if (j < slots) to[j] = bank.occupant[u] == bank.kFree ? -1 : work.source[j];
+    cluster_arrive();
+    const bool counted = load_state(span.chunk_start(first, p.chunk) - p.window);
+    for (int i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
+    const NoveltyRule rule{slots, sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
+    const auto order_of = [&](int j) { return order_among(work.time, kSlots + kTileRows, work.time[j]); };
+    const auto used = [&](int j) { return used_ >> (j / kWarp) & 1; };
+    SlotQueue queue;  // of warp 0, which routes
+    uint32_t order = kSlots;
+    if (warp_id() == 0) queue.load(slots, sinks, used, order_of);
+    cluster_wait();
+    uint32_t parity = 0, fetched_parity = 0;
+    int buffer = 0, turn = 0;
+#pragma unroll 1
+    for (int i = first; i < chunks; ++i) {
+      const int64_t evicted = span.chunk_start(i, p.chunk) - p.window;
+      const auto& chunk = work.chunk[buffer];
+      if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
+      hopper::wait(fetched + buffer, fetched_parity);
+      compare(chunk, turn);
+      hopper::wait(sent + turn, parity);
+      if (warp_id() < kTileRows) find_match(turn);
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        hopper::arrive_expect(sent + turn, bytes);
+        fetch(i + 2, buffer == 0 ? 2 : buffer - 1);
+      }
+      if (warp_id() == 0) {
+        const int c = lane_id() % kTileRows;
+        const unsigned candidates = __ballot_sync(kAllLanes, lane_id() < kTileRows && chunk.source[c] >= 0);
+        if (!counted) {
+          if (lane_id() < kTileRows) {
+            work.time[kSlots + c] = chunk.source[c] >= 0 ? evicted + chunk.offset[c] : INT64_MAX;
+          }
+          __syncwarp();
+          queue.load(slots, sinks, used, order_of);
+        }
+        int slot;
+        const RouteAction action = queue.route(
+            rule, candidates, work.match[c], [&](int j) { return counted ? order + j : order_of(kSlots + j); },
+            [&](int candidate, int other) { return chunk.gram[candidate % kTileRows * kTileRows + other]; },
+            [&](int candidate, int j) { return work.key[candidate][j]; }, work.filled, slot);
+        if (lane_id() < kTileRows) work.verdict[c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
+        const int inserted = __popc(__ballot_sync(kAllLanes, action == kInsert));
+        inserts_ += inserted;
+        hits_ += __popc(candidates) - inserted;
+        order += __popc(candidates);
+      }
+      __syncthreads();
+      take_in(chunk, evicted, counted);
+      write_index(p.index + view.index_row(i, 0));
+      parity ^= turn;
+      turn ^= 1;
+      if (++buffer == kBuffers) {
+        buffer = 0;
+        fetched_parity ^= 1;
+      }
     }
-  };
-  if (warp_id() == 0) {
-    for (int j = lane_id(); j < slots; j += kWarp) {
-      work.position[j] = p.exact_pos[n * slots + j];
-      work.source[j] = p.window + j;
+    write_index(p.source + view.n * slots);
+    if (head != 0) return;
+    const int j = threadIdx.x;
+    if (j < slots) {
+      p.new_exact_pos[view.n * slots + j] = position_;
+      p.new_last_touch[view.n * slots + j] = time_;
     }
-    bank.load(slots, [&](int j) { return p.exact_pos[n * slots + j] >= 0; }, [&](int j) { return p.last_touch[n * slots + j]; });
+    if (j == 0) {
+      p.new_counts[2 * view.n] += inserts_;
+      p.new_counts[2 * view.n + 1] += hits_;
+    }
   }
-  for (int j = warp_id(); j < slots; j += warp_count()) {
-    const T* from = view.value(p.window + j, head);
+
+ private:
+  static constexpr int kDim = kParts * kWarp;
+  using Shared = ExactShared<T, kDim>;
+  static constexpr int kBuffers = Shared::kBuffers, kSlots = Shared::kSlots, kSent = Shared::kSent;
+  static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
+
+  // Thread 0.
+  __device__ void fetch(int i, int buffer) const {
+    if (i >= chunks) return;
+    constexpr uint32_t size = sizeof(ExactCandidates<T, kDim>);
+    hopper::arrive_expect(fetched + buffer, size);
+    hopper::load_bytes(work.chunk + buffer, &lists.of<T, kDim>(view.span.row0 + i, heads, head), fetched + buffer, size);
+  }
+
+  // One warp puts a value into slot j.
+  __device__ void hold(int j, const T* from) const {
     float mine[kParts];
     load_lane_row(mine, from);
     const float norm = lane_norm(mine);
-    for (int d = lane_id(); d < dim; d += kWarp) work.slot[j * dim + d] = from[d];
+    pack_lane_row(work.slot + j * kDim, mine);
     if (lane_id() == 0) work.norm[j] = norm;
   }
-  for (int64_t i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
-  fetch(first, listed(first));
-  fetch(first + 1, listed(first + 1));
-  int next_listed = listed(first + 2);
-  float next_norm = norm_of(first);
-  int next_source = candidate_of(first, 0), next_offset = candidate_of(first, 1);
-  ampere::wait_copies<1>();
-  __syncthreads();
-  cluster_wait();
-  uint32_t parity = 0;
-  for (int64_t i = first; i < span.chunks; ++i) {
-    const int64_t evicted = span.chunk_start(i, p.chunk) - p.window;
-    const int turn = static_cast<int>(i - first) & 1, buffer = static_cast<int>(i % kBuffers);
-    const float candidate_norm = next_norm;
-    const int my_source = next_source, my_offset = next_offset;
-    if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) {
-      for (int c = warp_id(); c < pinned; c += warp_count()) {
-        const int j = static_cast<int>(evicted) + c;
-        const T* from = view.value(view.source_of(j), head);
-        float mine[kParts];
-        load_lane_row(mine, from);
-        const float norm = lane_norm(mine);
-        for (int d = lane_id(); d < dim; d += kWarp) work.slot[j * dim + d] = from[d];
-        if (lane_id() == 0) work.norm[j] = norm;
-      }
-      if (warp_id() == 0) {
-#pragma unroll
-        for (int u = 0; u < kPerLane; ++u) {
-          const int j = bank.slot_of(u);
-          if (j < evicted || j >= evicted + pinned) continue;
-          work.position[j] = j;
-          work.source[j] = view.source_of(j);
-          bank.occupant[u] = bank.kHeld;
-          bank.touched[u] = bank.ordered(j);
-          bank.first = min(bank.first, j);
-        }
-        bank.first = __reduce_min_sync(kAllLanes, bank.first);
-        inserts += pinned;
-      }
-      __syncthreads();
+
+  // Returns whether all slots were touched before position `next`. If so, as in every state that a scan leaves behind, touches
+  // come in the order of their positions and need only be counted on.
+  __device__ bool load_state(int64_t next) {
+    const int mine = threadIdx.x;
+    if (mine < slots) {
+      position_ = p.exact_pos[view.n * slots + mine];
+      time_ = p.last_touch[view.n * slots + mine];
+      source_ = p.window + mine;
     }
+    if (mine < kSlots + kTileRows) work.time[mine] = mine < slots ? time_ : INT64_MAX;
+    for (int j = lane_id(); j < slots; j += kWarp) used_ |= (p.exact_pos[view.n * slots + j] >= 0) << (j / kWarp);
 #pragma unroll 1
-    for (int group = warp_id(); group < work.groups; group += warp_count()) {
+    for (int j = warp_id(); j < slots; j += warp_count()) hold(j, view.value(p.window + j, head));
+    return !__syncthreads_or(mine >= sinks && mine < slots && position_ >= 0 && time_ >= next);
+  }
+
+  __device__ void write_index(int32_t* to) const {
+    const int j = threadIdx.x;
+    if (head == 0 && j < slots) to[j] = position_ >= 0 ? source_ : -1;
+  }
+
+  __device__ void pin(int64_t evicted, int pinned) {
+    __syncthreads();
+#pragma unroll 1
+    for (int c = warp_id(); c < pinned; c += warp_count()) {
+      hold(static_cast<int>(evicted) + c, view.value(view.source_of(evicted + c), head));
+    }
+    const auto is_pinned = [&](int j) { return j >= evicted && j < evicted + pinned; };
+    if (const int j = threadIdx.x; is_pinned(j)) {
+      position_ = time_ = j;
+      source_ = view.source_of(j);
+      work.time[j] = j;
+    }
+    for (int j = lane_id(); j < slots; j += kWarp) used_ |= is_pinned(j) << (j / kWarp);
+    inserts_ += pinned;
+    __syncthreads();
+  }
+
+  // Sends this head's cosines of candidates and slots to all blocks.
+  __device__ void compare(const ExactCandidates<T, kDim>& chunk, int turn) const {
+    const float candidate_norm = chunk.norm[lane_id() / kTileColumns];
+#pragma unroll 1
+    for (int group = warp_id(); group < groups; group += warp_count()) {
       float column[kTileColumns][kParts];
 #pragma unroll
-      for (int j = 0; j < kTileColumns; ++j) load_lane_row(column[j], work.slot + (group * kTileColumns + j) * dim);
-      const float dot = tile_dots<true>(column, [&](float(&to)[kParts], int c) {
-        load_lane_row(to, work.candidate + (buffer * kTileRows + c) * dim);
-      });
+      for (int j = 0; j < kTileColumns; ++j) load_packed_row(column[j], work.slot + (group * kTileColumns + j) * kDim);
+      const float dot =
+          tile_dots<true>(column, [&](float(&to)[kParts], int c) { load_packed_row(to, chunk.value + c * kDim); });
       const float cosine = div_rn(dot, mul_rn(candidate_norm, work.norm[group * kTileColumns + lane_id() % kTileColumns]));
-      const float* to = work.cosine + (turn * heads + head) * work.numbers() + group * kTile + lane_id();
+      const float* to = work.cosine[turn][head] + group * kTilePitch + lane_id();
 #pragma unroll 1
-      for (int block = 0; block < heads; ++block) {
-        send(remote_address(to, block), cosine, remote_address(arrived + turn, block));
-      }
+      for (int block = 0; block < heads; ++block) send(remote_address(to, block), cosine, remote_address(sent + turn, block));
     }
-    wait_cluster(arrived + turn, parity);
-    for (int item = threadIdx.x; item < work.numbers(); item += blockDim.x) {
-      const float* from = work.cosine + turn * heads * work.numbers() + item;
-      float total = 0.0f;
-#pragma unroll 8
-      for (int h = 0; h < heads; ++h) total = add_rn(total, from[h * work.numbers()]);
-      work.score[item % kTile / kTileColumns * work.columns() + item / kTile * kTileColumns + item % kTileColumns] =
-          div_rn(total, static_cast<float>(heads));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) hopper::arrive_expect(arrived + turn, bytes);
-    parity ^= turn;
-    fetch(i + 2, next_listed);
-    next_listed = listed(i + 3);
-    next_norm = norm_of(i + 1);
-    if (warp_id() == 0) {
-      next_source = candidate_of(i + 1, 0);
-      next_offset = candidate_of(i + 1, 1);
-      const int count = __popc(__ballot_sync(kAllLanes, my_source >= 0));
-      const float* gram = work.gram + buffer * kTileRows * kTileRows;
-      for (int c = 0; c < count; ++c) {
-        int slot;
-        const auto action = bank.route(
-            rule, tau_novel, tau_match, c, evicted + __shfl_sync(kAllLanes, my_offset, c),
-            [&](int j) { return work.score[c * work.columns() + j]; }, [&](int other) { return gram[c * kTileRows + other]; },
-            slot);
-        if (action == kInsert) {
-          ++inserts;
-        } else {
-          ++hits;
-        }
-      }
+  }
+
+  // The best slot of the candidate of this warp.
+  __device__ void find_match(int turn) const {
+    const float reciprocal = 1.0f / static_cast<float>(heads);
+    const float* from = work.cosine[turn][0] + warp_id() * kTileColumns + lane_id() % kTileColumns;
+    const Match match = best_match(slots, [&](int j) {
+      const uint32_t key = score_key(head_mean(from + j / kTileColumns * kTilePitch, kSent, heads, reciprocal));
+      return work.key[warp_id()][j] = used_ >> (j / kWarp) & 1 ? key : 0;
+    });
+    if (lane_id() == 0) work.match[warp_id()] = match;
+  }
+
+  // What the verdicts change. Thread j keeps what is known of slot j, a warp the values that it alone compares.
+  __device__ void take_in(const ExactCandidates<T, kDim>& chunk, int64_t evicted, bool counted) {
+    int last = -1, filler = -1;  // of the slot of this thread's number: the candidates that touched and filled it last
 #pragma unroll
-      for (int u = 0; u < kPerLane; ++u) {
-        if (u * kWarp >= slots) break;
-        const int j = bank.slot_of(u), c = bank.occupant[u];
-        const int from = __shfl_sync(kAllLanes, my_source, max(c, 0)), offset = __shfl_sync(kAllLanes, my_offset, max(c, 0));
-        if (j < work.columns()) work.taken[j] = max(c, -1);
-        if (c < 0) continue;
-        work.source[j] = from;
-        work.position[j] = evicted + offset;
-        bank.occupant[u] = bank.kHeld;
-      }
-      write_index(p.index + view.index_row(i, 0));
+    for (int c = 0; c < kTileRows; ++c) {
+      const int verdict = work.verdict[c], slot = verdict & static_cast<int>(kSlotMask);
+      const bool real = verdict != kNone, filled = real && verdict < kTouched, here = slot == static_cast<int>(threadIdx.x);
+      used_ |= (filled && slot % kWarp == lane_id()) << (slot / kWarp);
+      last = real && here ? c : last;
+      filler = filled && here ? c : filler;
     }
-    ampere::wait_copies<1>();
-    __syncthreads();
-    // A warp updates the slots that it alone reads.
+    if (last >= 0) {
+      time_ = evicted + chunk.offset[last];
+      if (!counted) work.time[threadIdx.x] = time_;
+    }
+    if (filler >= 0) {
+      position_ = evicted + chunk.offset[filler];
+      source_ = chunk.source[filler];
+    }
+    const int mine = work.verdict[lane_id() / kTileColumns];
 #pragma unroll 1
-    for (int group = warp_id(); group < work.groups; group += warp_count()) {
-#pragma unroll
-      for (int j = 0; j < kTileColumns; ++j) {
-        const int slot = group * kTileColumns + j, c = work.taken[slot];
-        const float norm = __shfl_sync(kAllLanes, candidate_norm, max(c, 0) * kTileColumns);
-        if (c < 0) continue;
-        const auto* from = reinterpret_cast<const uint32_t*>(work.candidate + (buffer * kTileRows + c) * dim);
-        for (int w = lane_id(); w < dim / 2; w += kWarp) reinterpret_cast<uint32_t*>(work.slot + slot * dim)[w] = from[w];
-        if (lane_id() == 0) work.norm[slot] = norm;
+    for (int group = warp_id(); group < groups; group += warp_count()) {
+      unsigned fills = __ballot_sync(kAllLanes, mine == group * kTileColumns + lane_id() % kTileColumns);
+#pragma unroll 1
+      for (; fills != 0; fills &= fills - 1) {  // of two candidates for one slot the later one stays
+        const int lane = __ffs(fills) - 1, c = lane / kTileColumns, slot = group * kTileColumns + lane % kTileColumns;
+        packed<kParts>(work.slot + slot * kDim) = packed<kParts>(const_cast<T*>(chunk.value + c * kDim));
+        if (lane_id() == 0) work.norm[slot] = chunk.norm[c];
       }
     }
     __syncwarp();
   }
-  write_index(p.source + n * slots);
-  if (warp_id() != 0 || head != 0) return;
-#pragma unroll
-  for (int u = 0; u < kPerLane; ++u) {
-    const int j = bank.slot_of(u);
-    if (j >= slots) continue;
-    p.new_exact_pos[n * slots + j] = work.position[j];
-    p.new_last_touch[n * slots + j] = bank.last_touch(u);
-  }
-  if (lane_id() == 0) {
-    p.new_counts[2 * n] += inserts;
-    p.new_counts[2 * n + 1] += hits;
-  }
-}
+
+  const BankScan& p;
+  const ScanView<T> view;
+  Carver carver_;
+  Shared& work;
+  const CandidateLists lists;
+  uint64_t *sent, *fetched;  // barriers (2) and (3): cosines of all heads, and candidates
+  const int head, heads, slots, sinks, chunks, groups;
+  const uint32_t bytes;
+  unsigned used_ = 0;  // bit u for slot lane + 32 u
+  int64_t position_ = -1, time_ = 0;  // of the slot of this thread's number
+  int source_ = -1, inserts_ = 0, hits_ = 0;
+};
 
 }  // namespace coda::kernels::sm90

@@ -3,88 +3,154 @@
 #include "../novelty.cuh"
 #include "dots.cuh"
 
+// The rule of novelty.cuh for a batch of at most 32 candidates, with as little as possible in its sequential part: the best slot
+// of each candidate is found ahead, in parallel, scores are compared as integers, and times of last touch are replaced by their
+// order.
 namespace coda::kernels::sm90 {
 
-constexpr int kPerLane = 4;  // slots of a lane, the most
+constexpr int kPerLane = 4;  // slots of a lane, the most: lane + 32 u
+constexpr int kSlotBits = 7;
+constexpr unsigned kSlotMask = (1u << kSlotBits) - 1;
 
-// The sequential rule of novelty.cuh with the slots in the registers of one warp: slot lane + 32 u is the lane's u-th.
-struct SlotRegisters {
-  static constexpr int kFree = -2, kHeld = -1;
-  int occupant[kPerLane];      // kFree, kHeld or a candidate of this batch
-  uint64_t touched[kPerLane];  // last_touch, ordered as unsigned
-  int first;                   // the lowest slot in use
+// Where a cluster's blocks keep the cosines of a tile that they sent: tiles lie so far apart that a warp which reads a
+// candidate's cosines with 32 slots meets all banks.
+constexpr int kTilePitch = kTile + kTileColumns;
 
-  static __device__ uint64_t ordered(int64_t touch) { return static_cast<uint64_t>(touch) ^ (uint64_t{1} << 63); }
-  static __device__ int slot_of(int u) { return lane_id() + u * kWarp; }
+// Scores as integers that order like them; 0 stands for no score, NaN is less than any number.
+constexpr uint32_t kNanKey = 1;
+constexpr uint32_t kStuckKey = ~0u;  // of a NaN that a search began with and so keeps: nothing is greater
+__device__ inline uint32_t score_key(float score) {
+  const uint32_t bits = __float_as_uint(score + 0.0f);  // one zero
+  const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  return score == score ? key : kNanKey;
+}
+// The least float that is not below tau: x < tau in float64 and x < float_threshold(tau) are the same for every float x.
+__device__ inline float float_threshold(double tau) { return __double2float_ru(tau); }
 
-  // used(j) and last_touch(j) of the slots before the batch.
-  template <class Used, class Touch>
-  __device__ void load(int slots, Used used, Touch last_touch) {
-    first = slots;
+// x / n in three steps, n with its reciprocal; the same bits for n up to 8.
+__device__ inline float quotient(float x, float n, float reciprocal) {
+  const float near = mul_rn(x, reciprocal);
+  return __fmaf_rn(__fmaf_rn(-near, n, x), reciprocal, near);
+}
+
+// The mean of what at most 8 heads sent, `stride` floats apart, summed in head order.
+__device__ inline float head_mean(const float* sent, int stride, int heads, float reciprocal) {
+  float total = 0.0f;
 #pragma unroll
-    for (int u = 0; u < kPerLane; ++u) {
-      const int j = slot_of(u);
-      occupant[u] = j < slots && used(j) ? kHeld : kFree;
-      touched[u] = j < slots ? ordered(last_touch(j)) : 0;
-      if (occupant[u] == kHeld && j < first) first = j;
-    }
-    first = __reduce_min_sync(kAllLanes, first);
+  for (int h = 0; h < 8; ++h) {
+    const float mine = sent[min(h, heads - 1) * stride];  // without a branch, so that all are read at once
+    total = add_rn(total, h < heads ? mine : 0.0f);
   }
-  __device__ int64_t last_touch(int u) const { return static_cast<int64_t>(touched[u] ^ (uint64_t{1} << 63)); }
+  return quotient(total, static_cast<float>(heads), reciprocal);
+}
 
-  // score(j) of a candidate against what slot j held before the batch, gram(i) against candidate i. Every lane gets the same slot.
-  template <class Score, class Gram>
-  __device__ RouteAction route(const NoveltyRule& rule, float tau_novel, float tau_match, int candidate, int64_t position, Score score,
-                               Gram gram, int& slot) {
-    uint32_t key[kPerLane], best = 0;
-    uint64_t age[kPerLane], oldest = ~uint64_t{0};
+// How many of the values are less. Equal ones get the same order.
+__device__ inline uint32_t order_among(const int64_t* values, int count, int64_t mine) {
+  uint32_t less = 0;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) less += values[i] < mine;
+  return less;
+}
+
+struct Match {
+  uint32_t key;  // of the score, 0 without
+  int slot;
+};
+
+// The best slot of one candidate, ties to the lowest, in every lane. key(j) of slot j, 0 where free. One warp.
+template <class Key>
+__device__ inline Match best_match(int slots, Key key) {
+  uint32_t best = 0, opening = 0;  // of this lane; key of its first slot in use
+  int slot = slots, first = slots;
+#pragma unroll 1
+  for (int j = lane_id(); j < slots; j += kWarp) {
+    const uint32_t here = key(j);
+    if (here > best) {
+      best = here;
+      slot = j;
+    }
+    if (opening == 0 && here != 0) {
+      opening = here;
+      first = j;
+    }
+  }
+  if (__any_sync(kAllLanes, opening == kNanKey)) {
+    const int lowest = __reduce_min_sync(kAllLanes, first);
+    if (opening == kNanKey && first == lowest) {
+      best = kStuckKey;
+      slot = first;
+    }
+  }
+  const uint32_t top = __reduce_max_sync(kAllLanes, best);
+  return {top, __reduce_min_sync(kAllLanes, best == top ? slot : slots)};
+}
+
+// The order in which slots were last touched, and the sequential rule; in the registers of one warp.
+struct SlotQueue {
+  uint32_t stamp[kPerLane];  // order of the last touch, then slot; free ones first, sinks and what is no slot never
+
+  // used(j) and order(j) of slot j.
+  template <class Used, class Order>
+  __device__ void load(int slots, int sinks, Used used, Order order) {
 #pragma unroll
     for (int u = 0; u < kPerLane; ++u) {
-      if (u * kWarp >= rule.slots) break;
-      const int j = slot_of(u);
-      key[u] = 0;
-      if (occupant[u] != kFree) {
-        const float here = occupant[u] < 0 ? score(j) : gram(occupant[u]);
-        // A sequential search that begins with NaN keeps it: nothing is greater.
-        key[u] = here == here || j != first ? score_key(here) : ~0u;
+      const int j = lane_id() + u * kWarp;
+      stamp[u] = j < sinks || j >= slots ? ~0u : j;
+      if (stamp[u] != ~0u && used(j)) stamp[u] |= (order(j) + 1) << kSlotBits;
+    }
+  }
+
+  // Routes the candidates of the mask in order. Lane c brings the best match of candidate c. order(i) is that of the position of
+  // candidate i, gram(c, i) the key of the cosine of candidates c and i, key(c, j) that of candidate c with what slot j held
+  // before. Leaves the slot that candidate i filled, -1 if none, in filled[i], and returns slot and action of candidate c in lane
+  // c.
+  template <class Order, class Gram, class Key>
+  __device__ RouteAction route(const NoveltyRule& rule, unsigned candidates, Match match, Order order, Gram gram, Key key,
+                               int* filled, int& slot) {
+    constexpr int stale = 1 << 8;  // mark of a best slot that was overwritten
+    const uint32_t novel = score_key(float_threshold(rule.tau_novel)), matching = score_key(float_threshold(rule.tau_match));
+    RouteAction action = kSkip;
+    slot = -1;
+#pragma unroll 1
+    for (int i = 0; candidates != 0; ++i, candidates >>= 1) {
+      const uint32_t met = gram(lane_id(), i), touched = (order(i) + 1) << kSlotBits;
+      const uint32_t oldest = __reduce_min_sync(kAllLanes, min(min(stamp[0], stamp[1]), min(stamp[2], stamp[3])));
+      uint32_t best = __shfl_sync(kAllLanes, match.key, i);
+      int found = __shfl_sync(kAllLanes, match.slot, i);
+      const bool routed = candidates & 1;
+      if (found >= stale && routed) {
+        __syncwarp();
+        const Match again = best_match(rule.slots, [&](int j) {
+          uint32_t now = key(i, j);
+#pragma unroll 1
+          for (int c = 0; c < i; ++c) now = filled[c] == j ? gram(i, c) : now;
+          return now;
+        });
+        best = again.key;
+        found = again.slot;
       }
-      best = max(best, key[u]);
-      age[u] = occupant[u] == kFree ? 0 : touched[u];  // free slots count as touched before anything else
-      if (j >= rule.sinks && j < rule.slots) oldest = min(oldest, age[u]);
-    }
-    best = __reduce_max_sync(kAllLanes, best);
-    const uint32_t high = __reduce_min_sync(kAllLanes, static_cast<uint32_t>(oldest >> 32));
-    const uint32_t low =
-        __reduce_min_sync(kAllLanes, static_cast<uint32_t>(oldest >> 32) == high ? static_cast<uint32_t>(oldest) : ~0u);
-    oldest = static_cast<uint64_t>(high) << 32 | low;
-    int match = 0, victim = 0;
+      const bool known = best >= novel || best == kNanKey;
+      const bool refreshes = known && rule.refresh_on_hit && best >= matching && best != kStuckKey && found >= rule.sinks;
+      const bool fills = routed && (!known || refreshes);
+      const int to = !routed ? -1 : known ? found : static_cast<int>(oldest & kSlotMask);
 #pragma unroll
-    for (int u = kPerLane - 1; u >= 0; --u) {
-      if (u * kWarp >= rule.slots) continue;
-      const int j = slot_of(u);
-      const unsigned matches = __ballot_sync(kAllLanes, key[u] == best);
-      const unsigned victims = __ballot_sync(kAllLanes, age[u] == oldest && j >= rule.sinks && j < rule.slots);
-      if (matches) match = u * kWarp + __ffs(matches) - 1;
-      if (victims) victim = u * kWarp + __ffs(victims) - 1;
+      for (int u = 0; u < kPerLane; ++u) {
+        if (to == lane_id() + u * kWarp && to >= rule.sinks) stamp[u] = touched | to;
+      }
+      if (lane_id() == i) {
+        filled[i] = fills ? to : -1;
+        slot = to;
+        action = !routed ? kSkip : !known ? kInsert : refreshes ? kRefresh : kTouch;
+      }
+      const int mine = match.slot & (stale - 1);
+      if (fills && (met > match.key || (met == match.key && to <= mine))) {
+        match = {met, to};
+      } else if (fills && to == mine) {
+        match.slot |= stale;
+      }
     }
-    const float similarity = key_score(best);
-    const bool known = best != 0 && !(similarity < tau_novel);
-    slot = known ? match : victim;
-    const RouteAction action = !known                                                                        ? kInsert
-                               : rule.refresh_on_hit && similarity >= tau_match && match >= rule.sinks ? kRefresh
-                                                                                                            : kTouch;
-#pragma unroll
-    for (int u = 0; u < kPerLane; ++u) {
-      if (slot_of(u) != slot) continue;
-      touched[u] = ordered(position);
-      if (action != kTouch) occupant[u] = candidate;
-    }
-    if (action != kTouch) first = min(first, slot);
     return action;
   }
 };
-
-// The least float that is not below: x < tau in float64 and x < float_threshold(tau) are the same for every float x.
-__device__ inline float float_threshold(double tau) { return __double2float_ru(tau); }
 
 }  // namespace coda::kernels::sm90

@@ -6,26 +6,24 @@
 namespace coda::kernels::sm90 {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512, kBarriers = 5;
 
 // The clusters of the summary bank, which take longer, come first; then those of the exact bank, one of each for each sequence.
 template <class T, int kParts>
 __global__ void __launch_bounds__(kThreads) scan_banks_kernel(BankScan p) {
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ uint64_t barriers[2];
+  __shared__ uint64_t barriers[kBarriers];
   const int64_t cluster = blockIdx.x / p.kv_heads, summaries = p.banks.summary ? p.sequences : 0;
   if (cluster < summaries) {
     SummaryScan<T, kParts>(p, cluster, shared, barriers).run();
   } else {
-    scan_exact_bank<T, kParts>(p, cluster - summaries, shared, barriers);
+    ExactScan<T, kParts>(p, cluster - summaries, shared, barriers).run();
   }
 }
 
 template <class T>
 size_t exact_bytes(const BankScanParams& p) {
-  Carver sizes(nullptr);
-  ExactLayout<T>(sizes, p);
-  return sizes.used();
+  return p.dim == 64 ? sizeof(ExactShared<T, 64>) : sizeof(ExactShared<T, 128>);
 }
 template <class T>
 size_t summary_bytes(const BankScanParams& p) {
@@ -41,8 +39,9 @@ Banks banks_served(const BankScanParams& p, DType dtype) {
   const bool scan = (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (p.dim == 64 || p.dim == 128) &&
                     p.kv_heads <= kClusterBlocks && p.chunk <= kThreads && aligned(p.v) && aligned(p.state_v);
   if (!scan) return {false, false};
-  return {p.novelty && p.exact_slots > 0 && p.exact_slots <= kPerLane * kWarp && p.exact_candidates <= kExactCandidates &&
-              exact_bytes<T>(p) <= kClusterShared,
+  constexpr int64_t touches = int64_t{1} << 24;  // that the order of a slot's touches can count
+  return {p.novelty && p.exact_slots > 0 && p.exact_slots <= kPerLane * kWarp && p.exact_candidates <= kTileRows &&
+              p.tokens <= touches && exact_bytes<T>(p) <= kClusterShared,
           p.summary_slots > 0 && p.summary_slots <= kSummaryRows && p.chunk <= kSummaryRows && !p.low_freq_key &&
               aligned(p.kbar) && aligned(p.state_kbar) && summary_bytes<T>(p) <= kClusterShared};
 }

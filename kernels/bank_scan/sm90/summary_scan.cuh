@@ -1,7 +1,6 @@
 #pragma once
 
 #include "../../common/mma.cuh"
-#include "../summary.cuh"
 #include "candidates.cuh"
 #include "cluster.cuh"
 #include "routing.cuh"
@@ -9,10 +8,10 @@
 namespace coda::kernels::sm90 {
 
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
-// Twice the most by which the mean cosine of the tensor cores can differ from the one in fixed order. Slots come as sums of two
-// 16-bit numbers, off by 2^-18 of their norm, candidates as they are; 2 D / 16 accumulations, each off by 2^-21 at most, make up
-// 2^-17 for D 128. So four times what there is to fear.
-constexpr float kMargin = 0x1p-13f;
+// More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
+// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each is off by
+// 2^-20 at most: 2^-16 + 2^-18 together.
+constexpr float kMargin = 0x1p-14f;
 
 // Shared memory of one block of the summary bank's cluster, which holds one KV head.
 template <class T, int kDim>
@@ -24,8 +23,8 @@ struct alignas(16) SummaryShared {
   T key[kSummaryRows * kDim];
   float gate[2 * kSummaryRows], norm[2 * kSummaryRows];
   int offset[2 * kSummaryRows];
-  float gram[kSummaryRows * kSummaryRows];  // mean cosines of candidates
-  float2 best[kSummaryRows];                // in fixed order: slot as bits, score
+  uint32_t gram[kSummaryRows * kSummaryRows];  // keys of the mean cosines of candidates
+  Match best[kSummaryRows];                    // in fixed order
   int choice[kSummaryRows];                 // slot of each candidate, -1 where the tensor cores leave it open
   int open[kSummaryRows];                   // candidates to be compared in fixed order
   int slot[kSummaryRows];                   // the decision
@@ -54,58 +53,63 @@ class SummaryScan {
  public:
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), carver_(params.workspace), work(*reinterpret_cast<Shared*>(shared)),
-        lists(carver_, params, params.banks), scored(barriers), decided(barriers + 1), head(cluster_rank()),
-        heads(params.kv_heads), slots(params.summary_slots), owned(Shared::owned(params.kv_heads)),
-        tau_spawn(float_threshold(params.tau_spawn)) {}
+        lists(carver_, params, params.banks), scored(barriers), decided(barriers + 1), fetched(barriers + 2),
+        fetched_keys(barriers + 4), head(cluster_rank()), heads(params.kv_heads), slots(params.summary_slots),
+        chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads)),
+        spawning(score_key(float_threshold(params.tau_spawn))), reciprocal(1.0f / static_cast<float>(params.kv_heads)),
+        stay(sigmoid(-static_cast<const float*>(params.eta_logit)[head])) {}
 
   __device__ void run() {
+    const Span& span = view.span;
     if (threadIdx.x == 0) {
-      hopper::init_barrier(scored, 1);
-      hopper::init_barrier(decided, 1);
+      for (auto* barrier : {scored, decided, fetched, fetched + 1, fetched_keys}) hopper::init_barrier(barrier, 1);
       hopper::fence_barrier_init();
     }
-    __syncthreads();
     cluster_arrive();
-    const Span& span = view.span;
     load_state();
     __syncthreads();
-    for (int j = warp_id(); j < slots; j += warp_count()) refresh(j);
-    int64_t i = 0;
-    for (; i < span.chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
+    refresh();
+    int i = 0;
+    for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
       hopper::fence_async_proxy();
       __syncthreads();
       write_snapshot(i);
     }
-    int count = count_of(i), free = 1;
-    read_sources(i);
-    read_sources(i + 1);
-    fetch_values(i, source_);
-    ampere::wait_copies<0>();
+    int count = count_of(i), next_count = count_of(i + 1), free = 1, buffer = 0;
+    CandidateRows rows = rows_of(i), next_rows = rows_of(i + 1);
+    fetch_values(i, 0, rows, count);
+    uint32_t parity = 0, keys_parity = 0;
     __syncthreads();
     cluster_wait();
-    for (; i < span.chunks; ++i) {
-      const int buffer = static_cast<int>(i & 1), next_count = count_of(i + 1);
-      fetch_keys();
-      fetch_values(i + 1, next_source_);
-      read_sources(i + 2);
+#pragma unroll 1
+    for (; i < chunks; ++i) {
+      fetch_keys(rows, count);
+      fetch_values(i + 1, buffer ^ 1, next_rows, next_count);
+      const int later_count = count_of(i + 2);
+      rows = next_rows;
+      next_rows = rows_of(i + 2);
       // A slot once in use stays so.
       if (free > 0) free = __syncthreads_count(threadIdx.x < slots && !(work.mass[threadIdx.x] > 0.0f));
+      hopper::wait(fetched + buffer, parity);
       if (count > 0) choose(buffer, count, free);
       if (threadIdx.x == 0) wait_stores_read();
-      ampere::wait_copies<1>();
       __syncthreads();
       if (count > 0) {
+        hopper::wait(fetched_keys, keys_parity);
+        keys_parity ^= 1;
         update(buffer, count);
         const int64_t row = span.row0 + i;
         if (head == 0 && threadIdx.x < count) {
           p.assignment[row * p.chunk + work.offset[buffer * kSummaryRows + threadIdx.x]] = work.slot[threadIdx.x];
         }
       }
-      ampere::wait_copies<0>();
       hopper::fence_async_proxy();
       __syncthreads();
       write_snapshot(i);
+      parity ^= buffer;
+      buffer ^= 1;
       count = next_count;
+      next_count = later_count;
     }
     hopper::fence_async_proxy();
     __syncthreads();
@@ -116,79 +120,76 @@ class SummaryScan {
  private:
   static constexpr int kDim = kParts * kWarp;
   using Shared = SummaryShared<T, kDim>;
-  static constexpr int kPackets = kDim / kPacket, kThreads = 512;
-  static constexpr int kCopies = kSummaryRows * kPackets / kThreads;  // of a thread, for all rows of a chunk
+  static constexpr uint32_t kRowBytes = kDim * sizeof(T);
+  static constexpr int kWarps = 16, kWarpSlots = kSummaryRows / kWarps;  // a warp has 4 neighbouring slots, and fetches 4 rows
 
   __device__ void load_state() {
     const float* mass = static_cast<const float*>(p.state_summary_mass) + view.n * slots;
     const float* k = static_cast<const float*>(p.state_summary_k) + view.summary_row(view.n, head, 0);
     const float* v = static_cast<const float*>(p.state_summary_v) + view.summary_row(view.n, head, 0);
     for (int item = threadIdx.x; item < slots * kDim; item += blockDim.x) {
-      const bool read = view.span.chunks == 0 || mass[item / kDim] > 0.0f;
+      const bool read = chunks == 0 || mass[item / kDim] > 0.0f;
       work.k[item] = read ? k[item] : 0.0f;
       work.v[item] = read ? v[item] : 0.0f;
     }
     for (int j = threadIdx.x; j < slots; j += blockDim.x) work.mass[j] = mass[j];
   }
-  // The norm of slot j, and its value as the tensor cores read it. One warp.
-  __device__ void refresh(int j) const {
-    float mine[kParts];
-    load_lane_row(mine, work.v + j * kDim);
-    const float norm = lane_norm(mine), inverse = 1.0f / norm;
+  // Eight lanes have one slot of the warp; each has 8 neighbouring elements of every 64.
+  static constexpr int kPieces = kDim / 64;
+  static __device__ int slot_of_lane() { return warp_id() * kWarpSlots + lane_id() / 8; }
+  static __device__ int element(int piece) { return piece * 64 + lane_id() % 8 * kPacket; }
+
+  // The norms of this warp's slots, and their values as the tensor cores read them.
+  __device__ void refresh() const {
+    const int first = warp_id() * kWarpSlots;
+    float rows[kWarpSlots][kParts];
 #pragma unroll
-    for (int k = 0; k < kParts; ++k) {
-      const float x = mine[k] * inverse;
-      const T high = narrow<T>(x);
-      const int at = j * Shared::kPitch + lane_id() + k * kWarp;
-      work.high[at] = high;
-      work.low[at] = narrow<T>(x - widen(high));
+    for (int j = 0; j < kWarpSlots; ++j) load_lane_row(rows[j], work.v + (first + j) * kDim);
+    const float norm = column_norm(rows), scale = __shfl_sync(kAllLanes, __fdividef(1.0f, norm), lane_id() / 8);
+    if (lane_id() < kWarpSlots) work.slot_norm[first + lane_id()] = norm;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const auto* v = reinterpret_cast<const float2*>(work.v + slot_of_lane() * kDim + element(piece));
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 x = v[w];
+        high[w] = pack<T>(x.x * scale, x.y * scale);
+        const float2 taken = unpack<T>(high[w]);
+        low[w] = pack<T>(x.x * scale - taken.x, x.y * scale - taken.y);
+      }
+      const int at = slot_of_lane() * Shared::kPitch + element(piece);
+      *reinterpret_cast<uint4*>(work.high + at) = {high[0], high[1], high[2], high[3]};
+      *reinterpret_cast<uint4*>(work.low + at) = {low[0], low[1], low[2], low[3]};
     }
-    if (lane_id() == 0) work.slot_norm[j] = norm;
   }
 
-  __device__ int count_of(int64_t i) const { return i < view.span.chunks ? lists.summary_count[view.span.row0 + i] : 0; }
-  // The sources of the rows that this thread copies, read a chunk ahead of the copy.
-  __device__ void read_sources(int64_t i) {
-#pragma unroll
-    for (int u = 0; u < kCopies; ++u) {
-      const int row = static_cast<int>(threadIdx.x + u * kThreads) / kPackets;
-      source_[u] = next_source_[u];
-      next_source_[u] =
-          i < view.span.chunks && row < lists.tokens ? lists.summary_source[(view.span.row0 + i) * lists.tokens + row] : -1;
-    }
+  __device__ int count_of(int i) const { return i < chunks ? lists.summary_count[view.span.row0 + i] : 0; }
+  // Of the candidate that this lane fetches, of lanes 0 to 3. Read a chunk ahead of the copy.
+  __device__ int fetched_row() const { return warp_id() * kWarpSlots + lane_id(); }
+  __device__ CandidateRows rows_of(int i) const {
+    if (i >= chunks || lane_id() >= kWarpSlots || fetched_row() >= lists.tokens) return {};
+    return lists.summary_rows[((view.span.row0 + i) * heads + head) * lists.tokens + fetched_row()];
   }
-  // copy(row, source, at): packet at element `at` of a candidate's row.
-  template <class Copy>
-  __device__ void fetch_rows(const int (&source)[kCopies], Copy copy) const {
-#pragma unroll
-    for (int u = 0; u < kCopies; ++u) {
-      const int item = static_cast<int>(threadIdx.x) + u * kThreads;
-      if (source[u] >= 0) copy(item / kPackets, source[u], item % kPackets * kPacket);
-    }
+  __device__ void fetch_keys(const CandidateRows& rows, int count) const {
+    if (threadIdx.x == 0 && count > 0) hopper::arrive_expect(fetched_keys, count * kRowBytes);
+    if (rows.key != nullptr) hopper::load_bytes(work.key + fetched_row() * kDim, rows.key, fetched_keys, kRowBytes);
   }
-  __device__ void fetch_keys() const {
-    fetch_rows(source_, [&](int row, int source, int at) {
-      ampere::copy_packet(work.key + row * kDim + at, view.bank_key(source, head) + at, true);
-    });
-    ampere::commit_copies();
-  }
-  __device__ void fetch_values(int64_t i, const int (&sources)[kCopies]) const {
-    const int buffer = static_cast<int>(i & 1);
-    fetch_rows(sources, [&](int row, int source, int at) {
-      ampere::copy_packet(work.value + (buffer * kSummaryRows + row) * Shared::kPitch + at, view.value(source, head) + at, true);
-    });
-    if (const int list = static_cast<int>(threadIdx.x) / 16, at = threadIdx.x % 16 * 4;
-        list < 3 && at < lists.tokens && i < view.span.chunks) {
-      const int64_t row = view.span.row0 + i;
-      const void* from = list == 0   ? static_cast<const void*>(lists.summary_gate + row * lists.tokens + at)
-                         : list == 1 ? static_cast<const void*>(lists.summary_norm + (row * heads + head) * lists.tokens + at)
-                                     : static_cast<const void*>(lists.summary_offset + row * lists.tokens + at);
-      void* to = list == 0   ? static_cast<void*>(work.gate)
-                 : list == 1 ? static_cast<void*>(work.norm)
-                             : static_cast<void*>(work.offset);
-      ampere::copy_packet(static_cast<float*>(to) + buffer * kSummaryRows + at, from, true);
+  __device__ void fetch_values(int i, int buffer, const CandidateRows& rows, int count) const {
+    if (i >= chunks) return;
+    const uint32_t list_bytes = lists.tokens * sizeof(float);
+    uint64_t* barrier = fetched + buffer;
+    if (threadIdx.x == 0) hopper::arrive_expect(barrier, count * kRowBytes + 3 * list_bytes);
+    if (rows.value != nullptr) {
+      hopper::load_bytes(work.value + (buffer * kSummaryRows + fetched_row()) * Shared::kPitch, rows.value, barrier, kRowBytes);
     }
-    ampere::commit_copies();
+    const int64_t row = view.span.row0 + i;
+    if (threadIdx.x == kWarp) {
+      hopper::load_bytes(work.gate + buffer * kSummaryRows, lists.summary_gate + row * lists.tokens, barrier, list_bytes);
+      hopper::load_bytes(work.norm + buffer * kSummaryRows, lists.summary_norm + (row * heads + head) * lists.tokens, barrier,
+                         list_bytes);
+      hopper::load_bytes(work.offset + buffer * kSummaryRows, lists.summary_offset + row * lists.tokens, barrier, list_bytes);
+    }
   }
 
   // Candidate c's scores are summed by one block: that of batch c / 8.
@@ -202,11 +203,8 @@ class SummaryScan {
   // The candidate of this block's r-th row.
   __device__ int candidate_of_row(int r) const { return (r / kTileRows * heads + head) * kTileRows + r % kTileRows; }
   __device__ float* sent(int from, int row) const { return work.cosine + (from * owned + row) * 2 * kSummaryRows; }
-  __device__ float head_mean(int row, int column) const {
-    float total = 0.0f;
-#pragma unroll 8
-    for (int h = 0; h < heads; ++h) total = add_rn(total, sent(h, row)[column]);
-    return div_rn(total, static_cast<float>(heads));
+  __device__ float mean_of(int row, int column) const {
+    return head_mean(sent(0, row) + column, owned * 2 * kSummaryRows, heads, reciprocal);
   }
   __device__ void expect(uint64_t* barrier, int bytes) const {
     if (threadIdx.x == 0) hopper::arrive_expect(barrier, bytes);
@@ -219,14 +217,14 @@ class SummaryScan {
       approximate(buffer, count);
       if (const int rows = owned_count(count); rows > 0) {
         expect(scored, heads * rows * slots * static_cast<int>(sizeof(float)));
-        wait_cluster(scored, scored_parity_);
+        hopper::wait(scored, scored_parity_);
         scored_parity_ ^= 1;
         for (int r = warp_id(); r < owned; r += warp_count()) {
           if (candidate_of_row(r) < count) settle(r);
         }
       }
       expect(decided, count * static_cast<int>(sizeof(int)));
-      wait_cluster(decided, decided_parity_);
+      hopper::wait(decided, decided_parity_);
       decided_parity_ ^= 1;
       // Every warp finds the open ones; the lists are the same.
       open = 0;
@@ -249,19 +247,19 @@ class SummaryScan {
     const int words = 2 * open + (free > 0 ? open * kSummaryRows : 0);
     if (const int rows = owned_count(open); rows > 0) {
       expect(scored, heads * (rows * (slots + (free > 0 ? kSummaryRows : 0))) * static_cast<int>(sizeof(float)));
-      wait_cluster(scored, scored_parity_);
+      hopper::wait(scored, scored_parity_);
       scored_parity_ ^= 1;
       for (int r = warp_id(); r < owned; r += warp_count()) {
         if (candidate_of_row(r) < open) find_best(r, free > 0);
       }
     }
     expect(decided, words * static_cast<int>(sizeof(int)));
-    wait_cluster(decided, decided_parity_);
+    hopper::wait(decided, decided_parity_);
     decided_parity_ ^= 1;
     if (free > 0) {
       if (warp_id() == 0) claim(count);
     } else {
-      for (int c = threadIdx.x; c < open; c += blockDim.x) work.slot[work.open[c]] = __float_as_int(work.best[c].x);
+      for (int c = threadIdx.x; c < open; c += blockDim.x) work.slot[work.open[c]] = work.best[c].slot;
     }
   }
 
@@ -271,7 +269,7 @@ class SummaryScan {
     if (row0 >= count || column0 >= slots) return;
     const T* value = work.value + buffer * kSummaryRows * Shared::kPitch;
     float d[2][4] = {};
-#pragma unroll
+#pragma unroll 2
     for (int step = 0; step < kDim / 16; ++step) {
       // Which 16 elements meet in a step is all one, so a lane takes four neighbours.
       const auto words = [&](const T* rows, int row) {
@@ -290,7 +288,7 @@ class SummaryScan {
     for (int half = 0; half < 2; ++half) {
       const int c = row0 + half * 8 + g;
       if (c >= count) continue;
-      const float inverse = 1.0f / work.norm[buffer * kSummaryRows + c];
+      const float inverse = __fdividef(1.0f, work.norm[buffer * kSummaryRows + c]);
       const uint32_t to = remote_address(sent(head, owned_row(c)), owner(c)), barrier = remote_address(scored, owner(c));
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
@@ -308,7 +306,7 @@ class SummaryScan {
   __device__ void settle(int r) const {
     const float below = -CUDART_INF_F;
     const bool second = lane_id() + kWarp < slots;
-    const float a = lane_id() < slots ? head_mean(r, lane_id()) : below, b = second ? head_mean(r, lane_id() + kWarp) : below;
+    const float a = lane_id() < slots ? mean_of(r, lane_id()) : below, b = second ? mean_of(r, lane_id() + kWarp) : below;
     const float top = warp_max(fmaxf(a, b));
     const unsigned near_a = __ballot_sync(kAllLanes, lane_id() < slots && !(a < top - kMargin));
     const unsigned near_b = __ballot_sync(kAllLanes, second && !(b < top - kMargin));
@@ -356,23 +354,18 @@ class SummaryScan {
     }
   }
 
-  // Tells all blocks the best slot of this block's r-th open candidate, with the score, and how it compares with the others.
+  // Tells all blocks the best slot of this block's r-th open candidate, and how it compares with the others.
   __device__ void find_best(int r, bool claims) const {
     const int c = candidate_of_row(r);
-    uint32_t key[2];
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int j = lane_id() + u * kWarp;
-      key[u] = j < slots && work.mass[j] > 0.0f ? score_key(head_mean(r, j)) : 0;
-    }
-    const uint32_t top = __reduce_max_sync(kAllLanes, max(key[0], key[1]));
-    const unsigned first = __ballot_sync(kAllLanes, key[0] == top), second = __ballot_sync(kAllLanes, key[1] == top);
-    const int slot = top == 0 ? -1 : first ? __ffs(first) - 1 : kWarp + __ffs(second) - 1;
+    const Match best = best_match(slots, [&](int j) { return work.mass[j] > 0.0f ? score_key(mean_of(r, j)) : 0; });
     if (lane_id() < heads) {
-      send(remote_address(work.best + c, lane_id()), __int_as_float(slot), key_score(top), remote_address(decided, lane_id()));
+      send(remote_address(work.best + c, lane_id()), best.key, static_cast<uint32_t>(best.slot),
+           remote_address(decided, lane_id()));
     }
     if (!claims) return;
-    const float a = head_mean(r, kSummaryRows + 2 * lane_id()), b = head_mean(r, kSummaryRows + 2 * lane_id() + 1);
+    const uint32_t a = score_key(mean_of(r, kSummaryRows + 2 * lane_id()));
+    const uint32_t b = score_key(mean_of(r, kSummaryRows + 2 * lane_id() + 1));
+#pragma unroll 1
     for (int block = 0; block < heads; ++block) {
       send(remote_address(work.gram + c * kSummaryRows + 2 * lane_id(), block), a, b, remote_address(decided, block));
     }
@@ -381,14 +374,7 @@ class SummaryScan {
   // Candidates in order, each of which may claim the lowest free slot. The first that does is known at once; then those after it
   // meet it, and so on: as many steps as there are claims. One warp, two candidates a lane.
   __device__ void claim(int count) const {
-    int slot[2];
-    float score[2];
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const float2 best = work.best[lane_id() + u * kWarp];
-      slot[u] = __float_as_int(best.x);
-      score[u] = best.y;
-    }
+    Match match[2] = {work.best[lane_id()], work.best[lane_id() + kWarp]};
     const auto free_mask = [&](int u) {
       const int j = lane_id() + u * kWarp;
       return __ballot_sync(kAllLanes, j < slots && !(work.mass[j] > 0.0f));
@@ -401,7 +387,8 @@ class SummaryScan {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int c = lane_id() + u * kWarp;
-        const uint64_t mask = __ballot_sync(kAllLanes, c >= next && c < count && (slot[u] < 0 || score[u] < tau_spawn));
+        const bool spawns_here = match[u].key < spawning && match[u].key != kNanKey;
+        const uint64_t mask = __ballot_sync(kAllLanes, c >= next && c < count && spawns_here);
         spawns |= mask << (u * kWarp);
       }
       if (spawns == 0) break;
@@ -411,59 +398,84 @@ class SummaryScan {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int c = lane_id() + u * kWarp;
-        if (c == founder) slot[u] = claimed;
+        if (c == founder) match[u].slot = claimed;
         if (c <= founder || c >= count) continue;
-        const float here = work.gram[c * kSummaryRows + founder];
-        if (slot[u] < 0 || here > score[u] || (here == score[u] && claimed < slot[u])) {
-          slot[u] = claimed;
-          score[u] = here;
-        }
+        const uint32_t here = work.gram[c * kSummaryRows + founder];
+        if (here > match[u].key || (here == match[u].key && claimed < match[u].slot)) match[u] = {here, claimed};
       }
     }
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       const int c = lane_id() + u * kWarp;
-      if (c < count) work.slot[c] = slot[u];
+      if (c < count) work.slot[c] = match[u].slot;
     }
   }
 
-  // Prototypes move towards the means of what they were given. A warp has every 16th slot.
+  // Prototypes move towards the means of what they were given.
   __device__ void update(int buffer, int count) const {
-    const int mine[2] = {lane_id() < count ? work.slot[lane_id()] : -1,
-                         lane_id() + kWarp < count ? work.slot[lane_id() + kWarp] : -1};
-    const float stay = sigmoid(-static_cast<const float*>(p.eta_logit)[head]);
+    const int group = lane_id() / 8, j = slot_of_lane();
+    uint64_t members = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int c = lane_id() + half * kWarp, slot = c < count ? work.slot[c] : -1;
+#pragma unroll
+      for (int g = 0; g < kWarpSlots; ++g) {
+        const uint64_t mask = __ballot_sync(kAllLanes, slot == warp_id() * kWarpSlots + g);
+        if (g == group) members |= mask << (half * kWarp);
+      }
+    }
+    if (!__any_sync(kAllLanes, members != 0)) return;
     const float* gate = work.gate + buffer * kSummaryRows;
     const T* value = work.value + buffer * kSummaryRows * Shared::kPitch;
-    for (int j = warp_id(); j < slots; j += warp_count()) {
-      const uint64_t high = __ballot_sync(kAllLanes, mine[1] == j);
-      const uint64_t members = __ballot_sync(kAllLanes, mine[0] == j) | high << 32;
-      if (members == 0) continue;
-      const float before = work.mass[j];
-      const bool used = before > 0.0f;
-      float mass = 0.0f, mean_k[kParts] = {}, mean_v[kParts] = {};
-      for (uint64_t left = members; left != 0; left &= left - 1) {
-        const int c = __ffsll(left) - 1;
-        const float weight = gate[c];
-        mass += weight;
+    float mass = 0.0f, mean_k[kPieces][kPacket] = {}, mean_v[kPieces][kPacket] = {};
+#pragma unroll 1
+    for (uint64_t left = members; left != 0; left &= left - 1) {
+      const int c = __ffsll(left) - 1;
+      const float weight = gate[c];
+      mass += weight;
 #pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-          const int d = lane_id() + k * kWarp;
-          mean_k[k] += weight * widen(work.key[c * kDim + d]);
-          mean_v[k] += weight * widen(value[c * Shared::kPitch + d]);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        float k[kPacket], v[kPacket];
+        load_packet(k, work.key + c * kDim + element(piece));
+        load_packet(v, value + c * Shared::kPitch + element(piece));
+#pragma unroll
+        for (int e = 0; e < kPacket; ++e) {
+          mean_k[piece][e] += weight * k[e];
+          mean_v[piece][e] += weight * v[e];
         }
       }
-      const float rate = used ? 1.0f - pow(stay, mass) : 1.0f, share = 1.0f / mass;
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) {
-        float &old_k = work.k[j * kDim + lane_id() + k * kWarp], &old_v = work.v[j * kDim + lane_id() + k * kWarp];
-        const float new_k = mean_k[k] * share, new_v = mean_v[k] / mass;
-        old_k = used ? old_k + rate * (new_k - old_k) : new_k;
-        old_v = used ? old_v + rate * (new_v - old_v) : new_v;
-      }
-      __syncwarp();
-      if (lane_id() == 0) work.mass[j] = used ? before + mass : mass;
-      refresh(j);
     }
+    const float before = work.mass[j];
+    __syncwarp();
+    if (members != 0) {
+      const float share = 1.0f / mass;
+      const bool used = before > 0.0f;
+      const float rate = used ? 1.0f - pow(stay, mass) : 1.0f;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        auto* k = reinterpret_cast<float4*>(work.k + j * kDim + element(piece));
+        auto* v = reinterpret_cast<float4*>(work.v + j * kDim + element(piece));
+        const auto move = [&](float& x, float to) { x = used ? x + rate * (to - x) : to; };
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float4 x = k[half], y = v[half];
+          float *to_k = mean_k[piece] + 4 * half, *to_v = mean_v[piece] + 4 * half;
+          move(x.x, to_k[0] * share);
+          move(x.y, to_k[1] * share);
+          move(x.z, to_k[2] * share);
+          move(x.w, to_k[3] * share);
+          move(y.x, quotient(to_v[0], mass, share));
+          move(y.y, quotient(to_v[1], mass, share));
+          move(y.z, quotient(to_v[2], mass, share));
+          move(y.w, quotient(to_v[3], mass, share));
+          k[half] = x;
+          v[half] = y;
+        }
+      }
+      if (lane_id() % 8 == 0) work.mass[j] = used ? before + mass : mass;
+    }
+    __syncwarp();
+    refresh();
   }
 
   // The bank to row `row` of these; visible to the copy engine already.
@@ -477,18 +489,20 @@ class SummaryScan {
     }
     if (head == 0 && threadIdx.x < slots) static_cast<float*>(mass)[row * slots + threadIdx.x] = work.mass[threadIdx.x];
   }
-  __device__ void write_snapshot(int64_t i) const { write(p.summary_k, p.summary_v, p.summary_mass, view.span.row0 + i); }
+  __device__ void write_snapshot(int i) const { write(p.summary_k, p.summary_v, p.summary_mass, view.span.row0 + i); }
 
   const BankScan& p;
   const ScanView<T> view;
   Carver carver_;
   Shared& work;
   const CandidateLists lists;
-  uint64_t *scored, *decided;  // barriers: cosines of the candidates of this block, and what was decided about all
-  const int head, heads, slots, owned;
-  const float tau_spawn;
+  // Barriers: cosines of the candidates of this block, and what was decided about all; values (2) and keys of candidates.
+  uint64_t *scored, *decided, *fetched, *fetched_keys;
+  const int head, heads, slots, chunks, owned;
+  const uint32_t spawning;  // key of the least score that does not spawn
+  const float reciprocal;   // of the number of heads
+  const float stay;         // 1 - eta
   uint32_t scored_parity_ = 0, decided_parity_ = 0;
-  int source_[kCopies] = {}, next_source_[kCopies] = {};  // of this chunk and the next
 };
 
 }  // namespace coda::kernels::sm90
