@@ -66,11 +66,12 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     for (int i = lane_id(); i < kept; i += kWarp) {
       const int c = work.offset[i], source = view.source_of(evicted + c);
       work.source[i] = source;
-      lists.summary_source[row * lists.tokens + i] = source;
       lists.summary_offset[row * lists.tokens + i] = c;
       lists.summary_gate[row * lists.tokens + i] = sigmoid(work.logit[c]);
     }
-    for (int i = kept + lane_id(); i < lists.tokens; i += kWarp) lists.summary_source[row * lists.tokens + i] = -1;
+    for (int i = lane_id(); i < heads * lists.tokens; i += kWarp) {
+      if (i % lists.tokens >= kept) lists.summary_rows[row * heads * lists.tokens + i] = {};
+    }
     if (lane_id() == 0) lists.summary_count[row] = summary_count = kept;
   }
   __syncthreads();
@@ -98,7 +99,10 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     for (int r = 0; r < kRowsAtOnce; ++r) {
       const float norm = lane_norm(mine[r]);
       const int i = (item + r) / heads, h = (item + r) % heads;
-      if (lane_id() == 0 && i < count) lists.summary_norm[(row * heads + h) * lists.tokens + i] = norm;
+      if (lane_id() != 0 || i >= count) continue;
+      const int64_t at = (row * heads + h) * lists.tokens + i;
+      lists.summary_norm[at] = norm;
+      lists.summary_rows[at] = {view.bank_key(work.source[i], h), view.value(work.source[i], h)};
     }
   }
   if (exact == 0) return;

@@ -22,12 +22,17 @@ struct alignas(16) ExactCandidates {
   int source[kTileRows], offset[kTileRows];  // flat source, and offset among the evicted tokens; -1 beyond the last
 };
 
+// Where the summary bank's block of one head finds a candidate; null beyond the last.
+struct alignas(16) CandidateRows {
+  const void *key, *value;
+};
+
 // What can be said of a chunk's candidates without the banks, for all chunk rows that evict.
 struct CandidateLists {
   int tokens;           // row length of the summary lists
   unsigned char* exact;  // (NC, Hkv) ExactCandidates
   int* summary_count;   // (NC)
-  int* summary_source;  // (NC, tokens)
+  CandidateRows* summary_rows;  // (NC, Hkv, tokens)
   int* summary_offset;  // (NC, tokens)
   float* summary_gate;  // (NC, tokens)
   float* summary_norm;  // (NC, Hkv, tokens)
@@ -37,7 +42,7 @@ struct CandidateLists {
     const size_t bytes = p.dim == 64 ? sizeof(ExactCandidates<__half, 64>) : sizeof(ExactCandidates<__half, 128>);
     exact = carver.take<unsigned char>(exact_rows * p.kv_heads * bytes);
     summary_count = carver.take<int>(rows);
-    summary_source = carver.take<int>(rows * tokens);
+    summary_rows = carver.take<CandidateRows>(rows * p.kv_heads * tokens);
     summary_offset = carver.take<int>(rows * tokens);
     summary_gate = carver.take<float>(rows * tokens);
     summary_norm = carver.take<float>(rows * p.kv_heads * tokens);

@@ -31,7 +31,7 @@ __device__ inline uint32_t remote_address(const void* local, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
   return address;
 }
-// Stores in another block; its bytes complete on that block's barrier.
+// Stores in another block; its bytes complete on that block's barrier, and who has waited on it sees them.
 __device__ inline void send(uint32_t to, uint32_t word, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(word), "r"(barrier)
                : "memory");
@@ -45,20 +45,6 @@ __device__ inline void send(uint32_t to, uint32_t x, uint32_t y, uint32_t barrie
 __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
   send(to, __float_as_uint(x), __float_as_uint(y), barrier);
 }
-// Waits for the phase of this parity, and sees what other blocks stored for it.
-__device__ inline void wait_cluster(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-}
-
 template <class Params>
 cudaError_t launch_clusters(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared, cudaStream_t stream,
                             const Params& params) {

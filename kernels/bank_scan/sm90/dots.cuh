@@ -77,8 +77,8 @@ __device__ inline float column_norm(const float (&columns)[kTileColumns][kParts]
   return clamped_root(square);
 }
 
-// One step of the sums of a tile's values over lanes. Each adds the pairs of lanes that warp_sum adds, but passes on only the half
-// of the sums that the other lane goes on with.
+// One step of the sums of a tile's values over lanes. Each adds the pairs of lanes that warp_sum adds, but passes on only the
+// half of the sums that the other lane goes on with.
 template <int kWidth, bool kSwapped>
 __device__ inline void fold_half(float (&x)[kTile]) {
   const bool upper = lane_id() & kWidth;

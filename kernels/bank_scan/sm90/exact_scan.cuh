@@ -5,34 +5,20 @@
 
 namespace coda::kernels::sm90 {
 
-// Shared memory of one block of the exact bank's cluster, which holds one KV head. Columns are slots, to a multiple of 4.
+// Shared memory of one block of the exact bank's cluster, which holds one KV head. Of a fixed size, so that addresses are
+// constants.
 template <class T, int kDim>
-struct ExactLayout {
-  static constexpr int kBuffers = 3;
-  int groups;                        // of 4 slots
-  ExactCandidates<T, kDim>* chunk;   // (3) of this chunk and the next two
-  T* slot;                           // (columns, D) values, packed for a warp
-  float* norm;                       // (columns)
-  float* cosine;                     // (2, Hkv, groups, kTilePitch): what each head sent, of this chunk and the next
-  uint32_t* key;                     // (8, columns) of the mean cosines with the slots
-  Match* match;                      // (8) best slot
-  int* verdict;                      // (8) slot of each candidate, plus kTouched where it was only touched; kNone
-  int* filled;                       // (32)
-  int64_t* time;                     // (columns + 8) last touch; then position of the candidates
-
-  __host__ __device__ int columns() const { return groups * kTileColumns; }
-  __host__ __device__ int numbers() const { return groups * kTilePitch; }
-  __host__ __device__ ExactLayout(Carver& carver, const BankScanParams& p)
-      : groups((p.exact_slots + kTileColumns - 1) / kTileColumns), chunk(carver.take<ExactCandidates<T, kDim>>(kBuffers)),
-        slot(carver.take<T>(int64_t{columns()} * kDim)), norm(carver.take<float>(columns())),
-        cosine(carver.take<float>(int64_t{2} * p.kv_heads * numbers())), key(carver.take<uint32_t>(kTileRows * columns())),
-        match(carver.take<Match>(kTileRows)), verdict(carver.take<int>(kTileRows)), filled(carver.take<int>(kWarp)),
-        time(carver.take<int64_t>(columns() + kTileRows)) {}
-  static size_t bytes(const BankScanParams& p) {
-    Carver sizes(nullptr);
-    ExactLayout(sizes, p);
-    return sizes.used();
-  }
+struct alignas(16) ExactShared {
+  static constexpr int kBuffers = 3, kSlots = kPerLane * kWarp, kSent = kSlots / kTileColumns * kTilePitch;
+  ExactCandidates<T, kDim> chunk[kBuffers];  // of this chunk and the next two
+  T slot[kSlots * kDim];                     // values, packed for a warp
+  float norm[kSlots];
+  float cosine[2][kClusterBlocks][kSent];  // what each head sent, of this chunk and the next
+  uint32_t key[kTileRows][kSlots];         // of the mean cosines with the slots
+  Match match[kTileRows];                  // best slot
+  int verdict[kTileRows];                  // slot of each candidate, plus kTouched where it was only touched; kNone
+  int filled[kWarp];
+  int64_t time[kSlots + kTileRows];  // last touch; then position of the candidates
 };
 
 // One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
@@ -41,16 +27,17 @@ template <class T, int kParts>
 class ExactScan {
  public:
   __device__ ExactScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
-      : p(params), view(params, n), carver_(shared), lists_carver_(params.workspace), work(carver_, params),
-        lists(lists_carver_, params, params.banks), sent(barriers), fetched(barriers + 2), head(cluster_rank()),
+      : p(params), view(params, n), carver_(params.workspace), work(*reinterpret_cast<Shared*>(shared)),
+        lists(carver_, params, params.banks), sent(barriers), fetched(barriers + 2), head(cluster_rank()),
         heads(params.kv_heads), slots(params.exact_slots), sinks(params.num_sinks),
-        bytes(static_cast<uint32_t>(params.kv_heads * work.groups * kTile * sizeof(float))) {}
+        chunks(static_cast<int>(view.span.chunks)), groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
+        bytes(static_cast<uint32_t>(params.kv_heads * groups * kTile * sizeof(float))) {}
 
   __device__ void run() {
     const Span& span = view.span;
     // The chunks from `first` on evict.
-    int64_t first = 0;
-    while (first < span.chunks && !view.evicts(span.chunk_start(first, p.chunk))) ++first;
+    int first = 0;
+    while (first < chunks && !view.evicts(span.chunk_start(first, p.chunk))) ++first;
     if (threadIdx.x == 0) {
       for (int turn = 0; turn < 2; ++turn) {
         hopper::init_barrier(sent + turn, 1);
@@ -63,24 +50,24 @@ class ExactScan {
     }
     cluster_arrive();
     const bool counted = load_state(span.chunk_start(first, p.chunk) - p.window);
-    for (int64_t i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
+    for (int i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
     const NoveltyRule rule{slots, sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
-    const auto order_of = [&](int j) { return order_among(work.time, work.columns() + kTileRows, work.time[j]); };
+    const auto order_of = [&](int j) { return order_among(work.time, kSlots + kTileRows, work.time[j]); };
     const auto used = [&](int j) { return used_ >> (j / kWarp) & 1; };
     SlotQueue queue;  // of warp 0, which routes
-    uint32_t order = static_cast<uint32_t>(work.columns());
+    uint32_t order = kSlots;
     if (warp_id() == 0) queue.load(slots, sinks, used, order_of);
     cluster_wait();
     uint32_t parity = 0, fetched_parity = 0;
     int buffer = 0, turn = 0;
 #pragma unroll 1
-    for (int64_t i = first; i < span.chunks; ++i) {
+    for (int i = first; i < chunks; ++i) {
       const int64_t evicted = span.chunk_start(i, p.chunk) - p.window;
       const auto& chunk = work.chunk[buffer];
       if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
       hopper::wait(fetched + buffer, fetched_parity);
       compare(chunk, turn);
-      wait_cluster(sent + turn, parity);
+      hopper::wait(sent + turn, parity);
       if (warp_id() < kTileRows) find_match(turn);
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -92,16 +79,16 @@ class ExactScan {
         const unsigned candidates = __ballot_sync(kAllLanes, lane_id() < kTileRows && chunk.source[c] >= 0);
         if (!counted) {
           if (lane_id() < kTileRows) {
-            work.time[work.columns() + c] = chunk.source[c] >= 0 ? evicted + chunk.offset[c] : INT64_MAX;
+            work.time[kSlots + c] = chunk.source[c] >= 0 ? evicted + chunk.offset[c] : INT64_MAX;
           }
           __syncwarp();
           queue.load(slots, sinks, used, order_of);
         }
         int slot;
         const RouteAction action = queue.route(
-            rule, candidates, work.match[c], [&](int j) { return counted ? order + j : order_of(work.columns() + j); },
+            rule, candidates, work.match[c], [&](int j) { return counted ? order + j : order_of(kSlots + j); },
             [&](int candidate, int other) { return chunk.gram[candidate % kTileRows * kTileRows + other]; },
-            [&](int candidate, int j) { return work.key[candidate * work.columns() + j]; }, work.filled, slot);
+            [&](int candidate, int j) { return work.key[candidate][j]; }, work.filled, slot);
         if (lane_id() < kTileRows) work.verdict[c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
         const int inserted = __popc(__ballot_sync(kAllLanes, action == kInsert));
         inserts_ += inserted;
@@ -132,12 +119,14 @@ class ExactScan {
   }
 
  private:
-  static constexpr int kDim = kParts * kWarp, kBuffers = ExactLayout<T, kDim>::kBuffers;
+  static constexpr int kDim = kParts * kWarp;
+  using Shared = ExactShared<T, kDim>;
+  static constexpr int kBuffers = Shared::kBuffers, kSlots = Shared::kSlots, kSent = Shared::kSent;
   static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
 
   // Thread 0.
-  __device__ void fetch(int64_t i, int buffer) const {
-    if (i >= view.span.chunks) return;
+  __device__ void fetch(int i, int buffer) const {
+    if (i >= chunks) return;
     constexpr uint32_t size = sizeof(ExactCandidates<T, kDim>);
     hopper::arrive_expect(fetched + buffer, size);
     hopper::load_bytes(work.chunk + buffer, &lists.of<T, kDim>(view.span.row0 + i, heads, head), fetched + buffer, size);
@@ -161,7 +150,7 @@ class ExactScan {
       time_ = p.last_touch[view.n * slots + mine];
       source_ = p.window + mine;
     }
-    if (mine < work.columns() + kTileRows) work.time[mine] = mine < slots ? time_ : INT64_MAX;
+    if (mine < kSlots + kTileRows) work.time[mine] = mine < slots ? time_ : INT64_MAX;
     for (int j = lane_id(); j < slots; j += kWarp) used_ |= (p.exact_pos[view.n * slots + j] >= 0) << (j / kWarp);
 #pragma unroll 1
     for (int j = warp_id(); j < slots; j += warp_count()) hold(j, view.value(p.window + j, head));
@@ -194,14 +183,14 @@ class ExactScan {
   __device__ void compare(const ExactCandidates<T, kDim>& chunk, int turn) const {
     const float candidate_norm = chunk.norm[lane_id() / kTileColumns];
 #pragma unroll 1
-    for (int group = warp_id(); group < work.groups; group += warp_count()) {
+    for (int group = warp_id(); group < groups; group += warp_count()) {
       float column[kTileColumns][kParts];
 #pragma unroll
       for (int j = 0; j < kTileColumns; ++j) load_packed_row(column[j], work.slot + (group * kTileColumns + j) * kDim);
       const float dot =
           tile_dots<true>(column, [&](float(&to)[kParts], int c) { load_packed_row(to, chunk.value + c * kDim); });
       const float cosine = div_rn(dot, mul_rn(candidate_norm, work.norm[group * kTileColumns + lane_id() % kTileColumns]));
-      const float* to = work.cosine + (turn * heads + head) * work.numbers() + group * kTilePitch + lane_id();
+      const float* to = work.cosine[turn][head] + group * kTilePitch + lane_id();
 #pragma unroll 1
       for (int block = 0; block < heads; ++block) send(remote_address(to, block), cosine, remote_address(sent + turn, block));
     }
@@ -210,32 +199,36 @@ class ExactScan {
   // The best slot of the candidate of this warp.
   __device__ void find_match(int turn) const {
     const float reciprocal = 1.0f / static_cast<float>(heads);
-    const float* from = work.cosine + turn * heads * work.numbers() + warp_id() * kTileColumns + lane_id() % kTileColumns;
+    const float* from = work.cosine[turn][0] + warp_id() * kTileColumns + lane_id() % kTileColumns;
     const Match match = best_match(slots, [&](int j) {
-      const uint32_t key = score_key(head_mean(from + j / kTileColumns * kTilePitch, work.numbers(), heads, reciprocal));
-      return work.key[warp_id() * work.columns() + j] = used_ >> (j / kWarp) & 1 ? key : 0;
+      const uint32_t key = score_key(head_mean(from + j / kTileColumns * kTilePitch, kSent, heads, reciprocal));
+      return work.key[warp_id()][j] = used_ >> (j / kWarp) & 1 ? key : 0;
     });
     if (lane_id() == 0) work.match[warp_id()] = match;
   }
 
   // What the verdicts change. Thread j keeps what is known of slot j, a warp the values that it alone compares.
   __device__ void take_in(const ExactCandidates<T, kDim>& chunk, int64_t evicted, bool counted) {
+    int last = -1, filler = -1;  // of the slot of this thread's number: the candidates that touched and filled it last
 #pragma unroll
     for (int c = 0; c < kTileRows; ++c) {
       const int verdict = work.verdict[c], slot = verdict & static_cast<int>(kSlotMask);
-      if (verdict == kNone) continue;
-      const bool filled = verdict < kTouched;
-      if (filled && slot % kWarp == lane_id()) used_ |= 1 << (slot / kWarp);
-      if (slot != static_cast<int>(threadIdx.x)) continue;
-      time_ = evicted + chunk.offset[c];
-      if (!counted) work.time[slot] = time_;
-      if (!filled) continue;
-      position_ = time_;
-      source_ = chunk.source[c];
+      const bool real = verdict != kNone, filled = real && verdict < kTouched, here = slot == static_cast<int>(threadIdx.x);
+      used_ |= (filled && slot % kWarp == lane_id()) << (slot / kWarp);
+      last = real && here ? c : last;
+      filler = filled && here ? c : filler;
+    }
+    if (last >= 0) {
+      time_ = evicted + chunk.offset[last];
+      if (!counted) work.time[threadIdx.x] = time_;
+    }
+    if (filler >= 0) {
+      position_ = evicted + chunk.offset[filler];
+      source_ = chunk.source[filler];
     }
     const int mine = work.verdict[lane_id() / kTileColumns];
 #pragma unroll 1
-    for (int group = warp_id(); group < work.groups; group += warp_count()) {
+    for (int group = warp_id(); group < groups; group += warp_count()) {
       unsigned fills = __ballot_sync(kAllLanes, mine == group * kTileColumns + lane_id() % kTileColumns);
 #pragma unroll 1
       for (; fills != 0; fills &= fills - 1) {  // of two candidates for one slot the later one stays
@@ -249,11 +242,11 @@ class ExactScan {
 
   const BankScan& p;
   const ScanView<T> view;
-  Carver carver_, lists_carver_;
-  const ExactLayout<T, kDim> work;
+  Carver carver_;
+  Shared& work;
   const CandidateLists lists;
   uint64_t *sent, *fetched;  // barriers (2) and (3): cosines of all heads, and candidates
-  const int head, heads, slots, sinks;
+  const int head, heads, slots, sinks, chunks, groups;
   const uint32_t bytes;
   unsigned used_ = 0;  // bit u for slot lane + 32 u
   int64_t position_ = -1, time_ = 0;  // of the slot of this thread's number

@@ -1,4 +1,3 @@
-#include "../../common/workspace.cuh"
 #include "../launch.h"
 #include "cluster.cuh"
 #include "routing.cuh"
@@ -11,97 +10,79 @@ namespace {
 
 constexpr int kMaxWarps = 20;
 
-// Columns are slots, then candidates, each to a multiple of 4. A tile is 8 candidates by 4 columns.
-struct Tiles {
-  int slot_groups, groups, batches;
-
-  __host__ __device__ explicit Tiles(const RouteExactBankParams& p)
-      : slot_groups((p.slots + kTileColumns - 1) / kTileColumns),
-        groups(slot_groups + (p.candidates + kTileColumns - 1) / kTileColumns),
-        batches((p.candidates + kTileRows - 1) / kTileRows) {}
-  __host__ __device__ int tiles() const { return groups * batches; }
-  // Floats from one candidate's scores to the next one's: odd, so that a column meets all banks.
-  __host__ __device__ int pitch() const { return groups * kTileColumns + 1; }
+// A tile is 8 candidates, one of kBatches batches, by 4 columns: first the slots, then, from column kSlots on, the candidates. Of
+// a fixed size, so that addresses are constants.
+template <int kDim, int kBatches>
+struct alignas(16) RouteShared {
+  static constexpr int kSlots = kPerLane * kWarp, kRows = kBatches * kTileRows, kSlotGroups = kSlots / kTileColumns;
+  static constexpr int kGroups = kSlotGroups + kRows / kTileColumns;
+  float row[kRows * kDim];  // the candidates of this head
+  float norm[kRows];
+  // The rest in block 0 alone.
+  float cosine[kClusterBlocks][kBatches][kGroups * kTilePitch];  // what all heads sent
+  uint32_t key[kRows][kGroups * kTileColumns + 1];               // of the means; of odd length: a column meets all banks
+  Match match[kRows];                                            // best slot
+  int filled[kWarp];
+  bool used[kSlots];
+  uint32_t order[kSlots + kRows];  // of these times:
+  int64_t time[kSlots + kRows];    // last touch of the slots, then position of the candidates
 };
-
-struct Layout {
-  float* row;       // (T, D) the candidates of this head
-  float* norm;      // (T)
-  float* cosine;    // (Hkv, tiles, kTilePitch) what all heads sent; this and the rest in block 0 alone
-  uint32_t* key;    // (T, pitch) of the scores
-  Match* match;     // (T) best slot
-  int64_t* time;    // (Me + T) last touch of the slots, then position of the candidates
-  uint32_t* order;  // (Me + T) of these
-  bool* used;       // (Me)
-  int* filled;      // (T)
-
-  __host__ __device__ Layout(Carver& carver, const RouteExactBankParams& p, const Tiles& tiles)
-      : row(carver.take<float>(int64_t{tiles.batches} * kTileRows * p.dim)), norm(carver.take<float>(tiles.batches * kTileRows)),
-        cosine(carver.take<float>(int64_t{p.kv_heads} * tiles.tiles() * kTilePitch)),
-        key(carver.take<uint32_t>(p.candidates * tiles.pitch())), match(carver.take<Match>(p.candidates)),
-        time(carver.take<int64_t>(p.slots + p.candidates)), order(carver.take<uint32_t>(p.slots + p.candidates)),
-        used(carver.take<bool>(p.slots)), filled(carver.take<int>(kWarp)) {}
-};
-
-size_t layout_bytes(const RouteExactBankParams& p) {
-  Carver sizes(nullptr);
-  Layout(sizes, p, Tiles(p));
-  return sizes.used();
-}
 
 // The mean cosines of one candidate, its best slot among them. One warp.
-__device__ void score_candidate(const RouteExactBankParams& p, const Layout& work, const Tiles& tiles, int c) {
+template <class Shared>
+__device__ void score_candidate(const RouteExactBankParams& p, Shared& work, int c) {
   const float reciprocal = 1.0f / static_cast<float>(p.kv_heads);
-  const float* sent = work.cosine + c / kTileRows * tiles.groups * kTilePitch + c % kTileRows * kTileColumns;
-  uint32_t* key = work.key + c * tiles.pitch();
-#pragma unroll 1
-  for (int column = lane_id(); column < tiles.groups * kTileColumns; column += kWarp) {
-    const float score = head_mean(sent + column / kTileColumns * kTilePitch + column % kTileColumns, tiles.tiles() * kTilePitch,
-                                  p.kv_heads, reciprocal);
-    key[column] = column < p.slots && !work.used[column] ? 0 : score_key(score);
-  }
-  const Match match = best_match(p.slots, [&](int j) { return key[j]; });
+  const float* sent = work.cosine[0][c / kTileRows] + c % kTileRows * kTileColumns;
+  constexpr int stride = sizeof(work.cosine[0]) / sizeof(float);
+  const auto key = [&](int column) {
+    const float* from = sent + column / kTileColumns * kTilePitch + column % kTileColumns;
+    return score_key(head_mean(from, stride, p.kv_heads, reciprocal));
+  };
+  if (lane_id() < p.candidates) work.key[c][Shared::kSlots + lane_id()] = key(Shared::kSlots + lane_id());
+  const Match match = best_match(p.slots, [&](int j) { return work.key[c][j] = work.used[j] ? key(j) : 0; });
   if (lane_id() == 0) work.match[c] = match;
 }
 
-__device__ void decide(const RouteExactBankParams& p, const Layout& work, const Tiles& tiles, double gate, int64_t b) {
+template <class Shared>
+__device__ void decide(const RouteExactBankParams& p, Shared& work, double gate, int64_t b) {
   const NoveltyRule rule{p.slots, p.num_sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
   const unsigned kept =
       p.slots == p.num_sinks ? 0 : __ballot_sync(kAllLanes, lane_id() < p.candidates && gate >= p.tau_exact);
   SlotQueue queue;
   queue.load(p.slots, p.num_sinks, [&](int j) { return work.used[j]; }, [&](int j) { return work.order[j]; });
   int slot;
-  const auto key = [&](int c, int column) { return work.key[min(c, p.candidates - 1) * tiles.pitch() + column]; };
+  const auto key = [&](int c, int column) { return work.key[min(c, p.candidates - 1)][column]; };
   const RouteAction action = queue.route(
-      rule, kept, work.match[min(lane_id(), p.candidates - 1)], [&](int i) { return work.order[p.slots + i]; },
-      [&](int c, int i) { return key(c, tiles.slot_groups * kTileColumns + i); }, key, work.filled, slot);
+      rule, kept, work.match[min(lane_id(), p.candidates - 1)], [&](int i) { return work.order[Shared::kSlots + i]; },
+      [&](int c, int i) { return key(c, Shared::kSlots + i); }, key, work.filled, slot);
   if (lane_id() < p.candidates) {
     p.slot[b * p.candidates + lane_id()] = slot;
     p.action[b * p.candidates + lane_id()] = action;
   }
   // The last candidate that touched a slot.
   const unsigned together = __match_any_sync(kAllLanes, slot);
-  if (slot >= 0 && kWarp - 1 - __clz(together) == lane_id()) work.time[slot] = work.time[p.slots + lane_id()];
+  if (slot >= 0 && kWarp - 1 - __clz(together) == lane_id()) work.time[slot] = work.time[Shared::kSlots + lane_id()];
   __syncwarp();
   for (int j = lane_id(); j < p.slots; j += kWarp) p.new_last_touch[b * p.slots + j] = work.time[j];
 }
 
 // One block for each head: its cosines go to block 0 of the cluster, which sums them in head order and decides.
-template <class T, int kParts>
+template <class T, int kParts, int kBatches>
 __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(RouteExactBankParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ uint64_t arrived;
   constexpr int dim = kParts * kWarp;
   const int head = cluster_rank();
   const int64_t b = blockIdx.x / p.kv_heads;
-  const Tiles tiles(p);
-  Carver carver(shared);
-  const Layout work(carver, p, tiles);
+  using Shared = RouteShared<dim, kBatches>;
+  Shared& work = *reinterpret_cast<Shared*>(shared);
+  const int slot_groups = (p.slots + kTileColumns - 1) / kTileColumns, batches = (p.candidates + kTileRows - 1) / kTileRows;
+  const int groups = slot_groups + (p.candidates + kTileColumns - 1) / kTileColumns;
   if (threadIdx.x == 0) {
     hopper::init_barrier(&arrived, 1);
     hopper::fence_barrier_init();
     if (head == 0) {
-      hopper::arrive_expect(&arrived, static_cast<uint32_t>(p.kv_heads * tiles.tiles() * kTile * sizeof(float)));
+      hopper::arrive_expect(&arrived, static_cast<uint32_t>(p.kv_heads * batches * groups * kTile * sizeof(float)));
     }
   }
   cluster_arrive();
@@ -119,8 +100,8 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
   const auto staged = [&](int i) -> Staged& { return reinterpret_cast<Staged*>(work.row)[i * kWarp + lane_id()]; };
   const auto load_staged = [&](float(&to)[kParts], int i) { *reinterpret_cast<Staged*>(to) = staged(i); };
   int group = warp_id();
-  if (group < tiles.slot_groups) load_slots(group);  // underway with the candidates
-  for (int i = warp_count() - 1 - warp_id(); i < tiles.batches * kTileRows; i += warp_count()) {
+  if (group < slot_groups) load_slots(group);  // underway with the candidates
+  for (int i = warp_count() - 1 - warp_id(); i < batches * kTileRows; i += warp_count()) {
     alignas(16) float mine[kParts];
     load_lane_row(mine, values + static_cast<int64_t>(min(i, p.candidates - 1)) * dim);
     staged(i) = *reinterpret_cast<const Staged*>(mine);
@@ -128,68 +109,80 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
     if (lane_id() == 0) work.norm[i] = norm;
   }
   double gate = 0.0;
-  const int item = static_cast<int>(blockDim.x - 1 - threadIdx.x), items = p.slots + p.candidates;
+  // By the last threads, to whose warps no tiles fall where there are few.
+  const auto each_time = [&](auto f) {
+    for (int i = static_cast<int>(blockDim.x - 1 - threadIdx.x); i < p.slots + p.candidates; i += blockDim.x) {
+      f(i, i < p.slots ? i : Shared::kSlots + i - p.slots);
+    }
+  };
   if (head == 0) {
     if (warp_id() == 0 && lane_id() < p.candidates) gate = p.gate[b * p.candidates + lane_id()];
-    for (int j = item; j < items; j += blockDim.x) {
-      if (j < p.slots) work.used[j] = p.used[b * p.slots + j];
-      work.time[j] = j < p.slots ? p.last_touch[b * p.slots + j] : p.position[b * p.candidates + j - p.slots];
-    }
+    each_time([&](int i, int j) {
+      if (i < p.slots) work.used[i] = p.used[b * p.slots + i];
+      work.time[j] = i < p.slots ? p.last_touch[b * p.slots + i] : p.position[b * p.candidates + i - p.slots];
+    });
   }
   __syncthreads();
   cluster_wait();  // other blocks must run before anything is sent to them
   if (head == 0) {
-    // By the last warps, to which no tiles fall where there are few.
-    for (int j = item; j < items; j += blockDim.x) work.order[j] = order_among(work.time, items, work.time[j]);
+    each_time([&](int, int j) {
+      const int64_t time = work.time[j];
+      work.order[j] = order_among(work.time, p.slots, time) + order_among(work.time + Shared::kSlots, p.candidates, time);
+    });
   }
-  const uint32_t to = remote_address(work.cosine + head * tiles.tiles() * kTilePitch + lane_id(), 0),
-                 barrier = remote_address(&arrived, 0);
-  for (; group < tiles.groups; group += warp_count()) {
-    if (group >= tiles.slot_groups) {
+  const uint32_t to = remote_address(work.cosine[head][0] + lane_id(), 0), barrier = remote_address(&arrived, 0);
+  for (; group < groups; group += warp_count()) {
+    if (group >= slot_groups) {
 #pragma unroll
       for (int j = 0; j < kTileColumns; ++j) {
-        load_staged(column[j], min((group - tiles.slot_groups) * kTileColumns + j, p.candidates - 1));
+        load_staged(column[j], min((group - slot_groups) * kTileColumns + j, p.candidates - 1));
       }
     } else if (group != warp_id()) {
       load_slots(group);
     }
     const float norm = column_norm(column);
-    for (int batch = 0; batch < tiles.batches; ++batch) {
+    for (int batch = 0; batch < batches; ++batch) {
       const float dot =
           tile_dots<true>(column, [&](float(&to)[kParts], int i) { load_staged(to, batch * kTileRows + i); });
       const float cosine = div_rn(dot, mul_rn(work.norm[batch * kTileRows + lane_id() / kTileColumns], norm));
-      send(to + (batch * tiles.groups + group) * kTilePitch * sizeof(float), cosine, barrier);
+      const int tile = batch * Shared::kGroups + (group < slot_groups ? group : Shared::kSlotGroups + group - slot_groups);
+      send(to + tile * kTilePitch * sizeof(float), cosine, barrier);
     }
   }
   if (head != 0) return;
-  wait_cluster(&arrived, 0);
-  for (int c = warp_id(); c < p.candidates; c += warp_count()) score_candidate(p, work, tiles, c);
+  hopper::wait(&arrived, 0);
+  for (int c = warp_id(); c < p.candidates; c += warp_count()) score_candidate(p, work, c);
   __syncthreads();
   if (warp_id() != 0) return;
-  decide(p, work, tiles, gate, b);
+  decide(p, work, gate, b);
 }
 
-template <class T, int kParts>
+constexpr int kManyBatches = 4;  // 32 candidates
+
+template <class T, int kParts, int kBatches>
 cudaError_t run(const RouteExactBankParams& p, cudaStream_t stream) {
-  const int warps = Tiles(p).groups + (p.slots + p.candidates + kWarp - 1) / kWarp;
-  return launch_clusters(route_exact_bank_kernel<T, kParts>, p.batch, p.kv_heads, std::min(warps, kMaxWarps) * kWarp,
-                         layout_bytes(p), stream, p);
+  const int groups = (p.slots + kTileColumns - 1) / kTileColumns + (p.candidates + kTileColumns - 1) / kTileColumns;
+  const int warps = std::min(groups + (p.slots + p.candidates + kWarp - 1) / kWarp, kMaxWarps);
+  return launch_clusters(route_exact_bank_kernel<T, kParts, kBatches>, p.batch, p.kv_heads, warps * kWarp,
+                         sizeof(RouteShared<kParts * kWarp, kBatches>), stream, p);
 }
 
 }  // namespace
 
 bool serves(const RouteExactBankParams& p, DType dtype) {
+  static_assert(sizeof(RouteShared<128, kManyBatches>) <= kClusterShared);
   return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (p.dim == 64 || p.dim == 128) && p.kv_heads >= 1 &&
-         p.kv_heads <= kClusterBlocks && p.candidates >= 1 && p.candidates <= kWarp && p.slots >= 1 &&
-         p.slots <= kPerLane * kWarp && layout_bytes(p) <= kClusterShared;
+         p.kv_heads <= kClusterBlocks && p.candidates >= 1 && p.candidates <= kManyBatches * kTileRows && p.slots >= 1 &&
+         p.slots <= kPerLane * kWarp;
 }
 
 cudaError_t route_exact_bank(const RouteExactBankParams& p, DType dtype, cudaStream_t stream) {
-  const auto by_dim = [&](auto zero) {
+  const auto by_shape = [&](auto zero) {
     using T = decltype(zero);
-    return p.dim == 64 ? run<T, 2>(p, stream) : run<T, 4>(p, stream);
+    if (p.candidates <= kTileRows) return p.dim == 64 ? run<T, 2, 1>(p, stream) : run<T, 4, 1>(p, stream);
+    return p.dim == 64 ? run<T, 2, kManyBatches>(p, stream) : run<T, 4, kManyBatches>(p, stream);
   };
-  return dtype == DType::kBFloat16 ? by_dim(__nv_bfloat16{}) : by_dim(__half{});
+  return dtype == DType::kBFloat16 ? by_shape(__nv_bfloat16{}) : by_shape(__half{});
 }
 
 }  // namespace coda::kernels::sm90

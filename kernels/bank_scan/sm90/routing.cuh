@@ -37,7 +37,10 @@ __device__ inline float quotient(float x, float n, float reciprocal) {
 __device__ inline float head_mean(const float* sent, int stride, int heads, float reciprocal) {
   float total = 0.0f;
 #pragma unroll
-  for (int h = 0; h < 8; ++h) total = add_rn(total, h < heads ? sent[h * stride] : 0.0f);
+  for (int h = 0; h < 8; ++h) {
+    const float mine = sent[min(h, heads - 1) * stride];  // without a branch, so that all are read at once
+    total = add_rn(total, h < heads ? mine : 0.0f);
+  }
   return quotient(total, static_cast<float>(heads), reciprocal);
 }
 

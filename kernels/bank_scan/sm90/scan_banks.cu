@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) scan_banks_kernel(BankScan p) {
 
 template <class T>
 size_t exact_bytes(const BankScanParams& p) {
-  return p.dim == 64 ? ExactLayout<T, 64>::bytes(p) : ExactLayout<T, 128>::bytes(p);
+  return p.dim == 64 ? sizeof(ExactShared<T, 64>) : sizeof(ExactShared<T, 128>);
 }
 template <class T>
 size_t summary_bytes(const BankScanParams& p) {
@@ -39,8 +39,9 @@ Banks banks_served(const BankScanParams& p, DType dtype) {
   const bool scan = (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (p.dim == 64 || p.dim == 128) &&
                     p.kv_heads <= kClusterBlocks && p.chunk <= kThreads && aligned(p.v) && aligned(p.state_v);
   if (!scan) return {false, false};
+  constexpr int64_t touches = int64_t{1} << 24;  // that the order of a slot's touches can count
   return {p.novelty && p.exact_slots > 0 && p.exact_slots <= kPerLane * kWarp && p.exact_candidates <= kTileRows &&
-              exact_bytes<T>(p) <= kClusterShared,
+              p.tokens <= touches && exact_bytes<T>(p) <= kClusterShared,
           p.summary_slots > 0 && p.summary_slots <= kSummaryRows && p.chunk <= kSummaryRows && !p.low_freq_key &&
               aligned(p.kbar) && aligned(p.state_kbar) && summary_bytes<T>(p) <= kClusterShared};
 }

@@ -8,8 +8,8 @@
 namespace coda::kernels::sm90 {
 
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
-// More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums of
-// two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each is off by
+// More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
+// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each is off by
 // 2^-20 at most: 2^-16 + 2^-18 together.
 constexpr float kMargin = 0x1p-14f;
 
@@ -54,8 +54,8 @@ class SummaryScan {
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), carver_(params.workspace), work(*reinterpret_cast<Shared*>(shared)),
         lists(carver_, params, params.banks), scored(barriers), decided(barriers + 1), fetched(barriers + 2),
-        fetched_keys(barriers + 4), head(cluster_rank()),
-        heads(params.kv_heads), slots(params.summary_slots), owned(Shared::owned(params.kv_heads)),
+        fetched_keys(barriers + 4), head(cluster_rank()), heads(params.kv_heads), slots(params.summary_slots),
+        chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads)),
         spawning(score_key(float_threshold(params.tau_spawn))), reciprocal(1.0f / static_cast<float>(params.kv_heads)),
         stay(sigmoid(-static_cast<const float*>(params.eta_logit)[head])) {}
 
@@ -69,25 +69,25 @@ class SummaryScan {
     load_state();
     __syncthreads();
     refresh();
-    int64_t i = 0;
-    for (; i < span.chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
+    int i = 0;
+    for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
       hopper::fence_async_proxy();
       __syncthreads();
       write_snapshot(i);
     }
     int count = count_of(i), next_count = count_of(i + 1), free = 1, buffer = 0;
-    int source = source_of(i), next_source = source_of(i + 1);
-    fetch_values(i, 0, source, count);
+    CandidateRows rows = rows_of(i), next_rows = rows_of(i + 1);
+    fetch_values(i, 0, rows, count);
     uint32_t parity = 0, keys_parity = 0;
     __syncthreads();
     cluster_wait();
 #pragma unroll 1
-    for (; i < span.chunks; ++i) {
-      fetch_keys(source, count);
-      fetch_values(i + 1, buffer ^ 1, next_source, next_count);
+    for (; i < chunks; ++i) {
+      fetch_keys(rows, count);
+      fetch_values(i + 1, buffer ^ 1, next_rows, next_count);
       const int later_count = count_of(i + 2);
-      source = next_source;
-      next_source = source_of(i + 2);
+      rows = next_rows;
+      next_rows = rows_of(i + 2);
       // A slot once in use stays so.
       if (free > 0) free = __syncthreads_count(threadIdx.x < slots && !(work.mass[threadIdx.x] > 0.0f));
       hopper::wait(fetched + buffer, parity);
@@ -128,53 +128,60 @@ class SummaryScan {
     const float* k = static_cast<const float*>(p.state_summary_k) + view.summary_row(view.n, head, 0);
     const float* v = static_cast<const float*>(p.state_summary_v) + view.summary_row(view.n, head, 0);
     for (int item = threadIdx.x; item < slots * kDim; item += blockDim.x) {
-      const bool read = view.span.chunks == 0 || mass[item / kDim] > 0.0f;
+      const bool read = chunks == 0 || mass[item / kDim] > 0.0f;
       work.k[item] = read ? k[item] : 0.0f;
       work.v[item] = read ? v[item] : 0.0f;
     }
     for (int j = threadIdx.x; j < slots; j += blockDim.x) work.mass[j] = mass[j];
   }
+  // Eight lanes have one slot of the warp; each has 8 neighbouring elements of every 64.
+  static constexpr int kPieces = kDim / 64;
+  static __device__ int slot_of_lane() { return warp_id() * kWarpSlots + lane_id() / 8; }
+  static __device__ int element(int piece) { return piece * 64 + lane_id() % 8 * kPacket; }
+
   // The norms of this warp's slots, and their values as the tensor cores read them.
   __device__ void refresh() const {
     const int first = warp_id() * kWarpSlots;
     float rows[kWarpSlots][kParts];
 #pragma unroll
     for (int j = 0; j < kWarpSlots; ++j) load_lane_row(rows[j], work.v + (first + j) * kDim);
-    const float norm = column_norm(rows), inverse = 1.0f / norm;
-#pragma unroll
-    for (int j = 0; j < kWarpSlots; ++j) {
-      const float scale = __shfl_sync(kAllLanes, inverse, j);
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) {
-        const float x = rows[j][k] * scale;
-        const T high = narrow<T>(x);
-        const int at = (first + j) * Shared::kPitch + lane_id() + k * kWarp;
-        work.high[at] = high;
-        work.low[at] = narrow<T>(x - widen(high));
-      }
-    }
+    const float norm = column_norm(rows), scale = __shfl_sync(kAllLanes, __fdividef(1.0f, norm), lane_id() / 8);
     if (lane_id() < kWarpSlots) work.slot_norm[first + lane_id()] = norm;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const auto* v = reinterpret_cast<const float2*>(work.v + slot_of_lane() * kDim + element(piece));
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 x = v[w];
+        high[w] = pack<T>(x.x * scale, x.y * scale);
+        const float2 taken = unpack<T>(high[w]);
+        low[w] = pack<T>(x.x * scale - taken.x, x.y * scale - taken.y);
+      }
+      const int at = slot_of_lane() * Shared::kPitch + element(piece);
+      *reinterpret_cast<uint4*>(work.high + at) = {high[0], high[1], high[2], high[3]};
+      *reinterpret_cast<uint4*>(work.low + at) = {low[0], low[1], low[2], low[3]};
+    }
   }
 
-  __device__ int count_of(int64_t i) const { return i < view.span.chunks ? lists.summary_count[view.span.row0 + i] : 0; }
-  // Of the candidate whose row this lane fetches, -1 for none. Read a chunk ahead of the copy.
-  __device__ int fetched_row() const { return lane_id() < kWarpSlots ? warp_id() * kWarpSlots + lane_id() : kSummaryRows; }
-  __device__ int source_of(int64_t i) const {
-    const int row = fetched_row();
-    return i < view.span.chunks && row < lists.tokens ? lists.summary_source[(view.span.row0 + i) * lists.tokens + row] : -1;
+  __device__ int count_of(int i) const { return i < chunks ? lists.summary_count[view.span.row0 + i] : 0; }
+  // Of the candidate that this lane fetches, of lanes 0 to 3. Read a chunk ahead of the copy.
+  __device__ int fetched_row() const { return warp_id() * kWarpSlots + lane_id(); }
+  __device__ CandidateRows rows_of(int i) const {
+    if (i >= chunks || lane_id() >= kWarpSlots || fetched_row() >= lists.tokens) return {};
+    return lists.summary_rows[((view.span.row0 + i) * heads + head) * lists.tokens + fetched_row()];
   }
-  __device__ void fetch_keys(int source, int count) const {
+  __device__ void fetch_keys(const CandidateRows& rows, int count) const {
     if (threadIdx.x == 0 && count > 0) hopper::arrive_expect(fetched_keys, count * kRowBytes);
-    if (source >= 0) hopper::load_bytes(work.key + fetched_row() * kDim, view.bank_key(source, head), fetched_keys, kRowBytes);
+    if (rows.key != nullptr) hopper::load_bytes(work.key + fetched_row() * kDim, rows.key, fetched_keys, kRowBytes);
   }
-  __device__ void fetch_values(int64_t i, int buffer, int source, int count) const {
-    if (i >= view.span.chunks) return;
+  __device__ void fetch_values(int i, int buffer, const CandidateRows& rows, int count) const {
+    if (i >= chunks) return;
     const uint32_t list_bytes = lists.tokens * sizeof(float);
     uint64_t* barrier = fetched + buffer;
     if (threadIdx.x == 0) hopper::arrive_expect(barrier, count * kRowBytes + 3 * list_bytes);
-    if (source >= 0) {
-      hopper::load_bytes(work.value + (buffer * kSummaryRows + fetched_row()) * Shared::kPitch, view.value(source, head), barrier,
-                         kRowBytes);
+    if (rows.value != nullptr) {
+      hopper::load_bytes(work.value + (buffer * kSummaryRows + fetched_row()) * Shared::kPitch, rows.value, barrier, kRowBytes);
     }
     const int64_t row = view.span.row0 + i;
     if (threadIdx.x == kWarp) {
@@ -210,14 +217,14 @@ class SummaryScan {
       approximate(buffer, count);
       if (const int rows = owned_count(count); rows > 0) {
         expect(scored, heads * rows * slots * static_cast<int>(sizeof(float)));
-        wait_cluster(scored, scored_parity_);
+        hopper::wait(scored, scored_parity_);
         scored_parity_ ^= 1;
         for (int r = warp_id(); r < owned; r += warp_count()) {
           if (candidate_of_row(r) < count) settle(r);
         }
       }
       expect(decided, count * static_cast<int>(sizeof(int)));
-      wait_cluster(decided, decided_parity_);
+      hopper::wait(decided, decided_parity_);
       decided_parity_ ^= 1;
       // Every warp finds the open ones; the lists are the same.
       open = 0;
@@ -240,14 +247,14 @@ class SummaryScan {
     const int words = 2 * open + (free > 0 ? open * kSummaryRows : 0);
     if (const int rows = owned_count(open); rows > 0) {
       expect(scored, heads * (rows * (slots + (free > 0 ? kSummaryRows : 0))) * static_cast<int>(sizeof(float)));
-      wait_cluster(scored, scored_parity_);
+      hopper::wait(scored, scored_parity_);
       scored_parity_ ^= 1;
       for (int r = warp_id(); r < owned; r += warp_count()) {
         if (candidate_of_row(r) < open) find_best(r, free > 0);
       }
     }
     expect(decided, words * static_cast<int>(sizeof(int)));
-    wait_cluster(decided, decided_parity_);
+    hopper::wait(decided, decided_parity_);
     decided_parity_ ^= 1;
     if (free > 0) {
       if (warp_id() == 0) claim(count);
@@ -262,7 +269,7 @@ class SummaryScan {
     if (row0 >= count || column0 >= slots) return;
     const T* value = work.value + buffer * kSummaryRows * Shared::kPitch;
     float d[2][4] = {};
-#pragma unroll
+#pragma unroll 2
     for (int step = 0; step < kDim / 16; ++step) {
       // Which 16 elements meet in a step is all one, so a lane takes four neighbours.
       const auto words = [&](const T* rows, int row) {
@@ -404,11 +411,9 @@ class SummaryScan {
     }
   }
 
-  // Prototypes move towards the means of what they were given. Eight lanes have one slot, each has 8 neighbouring elements of
-  // every 64.
+  // Prototypes move towards the means of what they were given.
   __device__ void update(int buffer, int count) const {
-    constexpr int kPieces = kDim / 64;
-    const int group = lane_id() / 8, j = warp_id() * kWarpSlots + group;
+    const int group = lane_id() / 8, j = slot_of_lane();
     uint64_t members = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -422,7 +427,6 @@ class SummaryScan {
     if (!__any_sync(kAllLanes, members != 0)) return;
     const float* gate = work.gate + buffer * kSummaryRows;
     const T* value = work.value + buffer * kSummaryRows * Shared::kPitch;
-    const auto at = [](int piece) { return piece * 64 + lane_id() % 8 * kPacket; };
     float mass = 0.0f, mean_k[kPieces][kPacket] = {}, mean_v[kPieces][kPacket] = {};
 #pragma unroll 1
     for (uint64_t left = members; left != 0; left &= left - 1) {
@@ -432,8 +436,8 @@ class SummaryScan {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         float k[kPacket], v[kPacket];
-        load_packet(k, work.key + c * kDim + at(piece));
-        load_packet(v, value + c * Shared::kPitch + at(piece));
+        load_packet(k, work.key + c * kDim + element(piece));
+        load_packet(v, value + c * Shared::kPitch + element(piece));
 #pragma unroll
         for (int e = 0; e < kPacket; ++e) {
           mean_k[piece][e] += weight * k[e];
@@ -449,8 +453,8 @@ class SummaryScan {
       const float rate = used ? 1.0f - pow(stay, mass) : 1.0f;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        auto* k = reinterpret_cast<float4*>(work.k + j * kDim + at(piece));
-        auto* v = reinterpret_cast<float4*>(work.v + j * kDim + at(piece));
+        auto* k = reinterpret_cast<float4*>(work.k + j * kDim + element(piece));
+        auto* v = reinterpret_cast<float4*>(work.v + j * kDim + element(piece));
         const auto move = [&](float& x, float to) { x = used ? x + rate * (to - x) : to; };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -485,7 +489,7 @@ class SummaryScan {
     }
     if (head == 0 && threadIdx.x < slots) static_cast<float*>(mass)[row * slots + threadIdx.x] = work.mass[threadIdx.x];
   }
-  __device__ void write_snapshot(int64_t i) const { write(p.summary_k, p.summary_v, p.summary_mass, view.span.row0 + i); }
+  __device__ void write_snapshot(int i) const { write(p.summary_k, p.summary_v, p.summary_mass, view.span.row0 + i); }
 
   const BankScan& p;
   const ScanView<T> view;
@@ -494,7 +498,7 @@ class SummaryScan {
   const CandidateLists lists;
   // Barriers: cosines of the candidates of this block, and what was decided about all; values (2) and keys of candidates.
   uint64_t *scored, *decided, *fetched, *fetched_keys;
-  const int head, heads, slots, owned;
+  const int head, heads, slots, chunks, owned;
   const uint32_t spawning;  // key of the least score that does not spawn
   const float reciprocal;   // of the number of heads
   const float stay;         // 1 - eta
