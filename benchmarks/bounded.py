@@ -24,7 +24,7 @@ _TRAINED = (2048, 8192, 16384)  # those among them for training steps
 _LONGEST_QUADRATIC, _LONGEST_PEER = 131072, 8192
 _RAGGED, _SEQUENCES = 32768, 16
 _SEGMENT, _PIECE = 32768, 8192  # tokens read at once: by default by the op, and what the layer is given of a longer input
-_SECONDS = 0.2  # of runs of each competitor
+_SECONDS = 0.1  # of runs of each competitor
 _PRESETS = {"default": CodaConfig(), "paper": CodaConfig.paper("medium")}
 _WINDOW = 384  # of the sliding window: the slots of both
 

@@ -18,7 +18,7 @@ from .checks import Run
 
 _HEADS, _KV_HEADS, _TOKENS = 32, 8, 16384
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-_SECONDS = 0.2  # of runs of each competitor
+_SECONDS = 0.1  # of runs of each competitor
 _CHECKED = 384  # tokens, not a multiple of a large tile
 _INPUTS = ("q", "k", "v", "lam", "theta", "norm_weight")
 _BASELINES = ("cudnn_stacked", "composite", "plain_cudnn", "peer_triton")
