@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_bank_kernel(const __grid
   auto* held = reinterpret_cast<BankSlot*>(memory.scalars + 2) + 16 * warp_id();
   auto* occupants = held + lane_id() / 4;
   occupants[0].source = occupants[8].source = INT_MIN;
+  __syncwarp();
   // Writes what the r-th slot gathered to its occupant's place.
   const auto leave = [&](int r, float grad_bias) {
     const int s = slot + 8 * r, source = occupants[8 * r].source;
