@@ -82,6 +82,17 @@ class TestAgainstTheReference:
         assert_same_snapshots(mine, theirs, case.config)
         assert_same_memory(state, memory, case.config)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [Shape(1, 1, 64), Shape(6, 3, 128), Shape(8, 8, 128), Shape(9, 9, 64)], ids=str)
+    def test_the_gpu_decides_as_the_cpu_in_clusters(self, dtype, shape):
+        """Head dimensions that have kernels of their own, with more heads than a cluster has blocks among them."""
+        config = dataclasses.replace(CodaConfig.paper("medium"), window=128, exact_slots=24, summary_slots=16)
+        p = Case(config, shape, seen=(100, 0, 70, 300), fresh=(300, 1, 129, 0)).make(dtype)
+        (mine, state), (theirs, memory) = scan(p, torch.device("cuda")), scan(p, torch.device("cpu"))
+        assert_same_snapshots(mine, theirs, config)
+        assert_same_memory(state, memory, config)
+
     @examples
     @given(cases(longest=16))
     def test_gradients(self, device, case):
