@@ -11,23 +11,20 @@ namespace coda::kernels {
 // Any dtype and any even D up to 256.
 namespace portable {
 cudaError_t bounded_attention_forward(const BoundedAttentionForward& params, DType dtype, cudaStream_t stream);
-}  // namespace portable
-
-// bfloat16 and float16, D 64 and 128, a positive scale, on compute capability 9.0 alone. Tensors begin at multiples of 16 bytes.
-namespace sm90 {
-cudaError_t bounded_attention_forward(const BoundedAttentionForward& params, DType dtype, cudaStream_t stream);
-}  // namespace sm90
-
-// Any dtype and any even D up to 256.
-namespace portable {
 BackwardNeeds bounded_attention_backward_needs(const BoundedAttentionParams& params, DType dtype);
 cudaError_t bounded_attention_backward(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream);
 }  // namespace portable
 
-// bfloat16 and float16, D 64 and 128, a positive scale. All tensors begin at multiples of 16 bytes.
+// bfloat16 and float16, D 64 and 128, a positive scale. Queries, keys, values, their states and summaries begin at multiples of 16
+// bytes.
 namespace sm80 {
 BackwardNeeds bounded_attention_backward_needs(const BoundedAttentionParams& params, DType dtype);
 cudaError_t bounded_attention_backward(const BoundedAttentionBackward& params, DType dtype, cudaStream_t stream);
 }  // namespace sm80
+
+// The same on compute capability 9.0 alone.
+namespace sm90 {
+cudaError_t bounded_attention_forward(const BoundedAttentionForward& params, DType dtype, cudaStream_t stream);
+}  // namespace sm90
 
 }  // namespace coda::kernels

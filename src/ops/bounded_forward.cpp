@@ -3,6 +3,9 @@
 #include <coda/ops/bounded.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "check.h"
 #include "dispatch.h"
 
@@ -44,20 +47,20 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
   };
 
   const auto tokens = packed_q.sym_size(0);
-  const int64_t rows = (segment + chunk - 1) / chunk * chunk;
-  if (tokens <= rows) {
+  const int64_t cut = (std::min(segment, std::numeric_limits<int64_t>::max() / 2) + chunk - 1) / chunk * chunk;
+  if (tokens <= cut) {
     auto [y, after] = read(0, tokens, ends, state);
     return {dense ? y.view_symint(q.sym_sizes()) : y, after};
   }
-  const int64_t segments = ((tokens + (rows - 1)) / rows).guard_int(__FILE__, __LINE__);
+  const int64_t segments = ((tokens + (cut - 1)) / cut).guard_int(__FILE__, __LINE__);
   // Outputs are joined at the end where autograd has to see it. Elsewhere each goes to its place at once, and a long input takes
   // no more memory beside its output than a segment.
   const bool joined = at::GradMode::is_enabled();
   const auto y = joined ? at::Tensor() : at::empty_symint(packed_q.sym_sizes(), packed_q.options());
   std::vector<at::Tensor> ys, held = state.vec();
   for (int64_t i = 0; i < segments; ++i) {
-    const c10::SymInt from = i * rows, to = i + 1 < segments ? c10::SymInt((i + 1) * rows) : tokens;
-    auto [piece, after] = read(from, to, ends.clamp(i * rows, (i + 1) * rows).sub(i * rows), held);
+    const c10::SymInt from = i * cut, to = i + 1 < segments ? c10::SymInt((i + 1) * cut) : tokens;
+    auto [piece, after] = read(from, to, ends.clamp(i * cut, (i + 1) * cut).sub(i * cut), held);
     if (joined) {
       ys.push_back(piece);
     } else {

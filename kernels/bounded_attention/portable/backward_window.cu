@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(8 * kWarp) window_kernel(BoundedBackward p) {
   if (where.begin >= sources) return;
   const int64_t source0 = where.begin + warp_id() * kKeys;
 
-  // Position of a source that the window can see, else -1.
+  // Position of a source that the window can see, else negative.
   const auto position_of = [&](int64_t source) -> int64_t {
     if (source >= sources) return -1;
     if (source >= held) return span.first + source - held;

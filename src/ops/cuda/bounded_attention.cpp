@@ -63,7 +63,7 @@ struct Problem {
         gate(aligned(gate_)), cu_seqlens(int64(cu_seqlens_)), index(aligned(index_)), summary_k(aligned(summary_k_)),
         summary_v(aligned(summary_v_)), summary_mass(aligned(summary_mass_)), inv_freq(aligned(inv_freq_)),
         state(aligned_state(state_)),
-        turned(bank_keys(k, state, cu_seqlens, inv_freq, memory)) {
+        turned(state.exact_pos.size(2) > 0 ? bank_keys(k, state, cu_seqlens, inv_freq, memory) : BankKeys{k, state.k}) {
     auto& p = params;
     p.sequences = state.k.size(0);
     p.tokens = q.size(0);
