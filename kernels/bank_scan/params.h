@@ -8,7 +8,7 @@ namespace coda::kernels {
 // The memory of packed sequences over their new tokens. A stands for the accumulation type, float or, for kFloat64, double. T counts
 // tokens over all N sequences; NC = T / C + 2 N chunk rows, of which sequence n owns those from cu_seqlens[n] / C + 2 n on, one per
 // chunk that it touches. A flat source i of a sequence is slot i of its carried state below W + Me, else its new token i - W - Me.
-// R is Hkv or 1. Me last_touch only with the novelty policy.
+// R is Hkv or 1. There are Me last_touch only with the novelty policy.
 struct BankScanParams {
   int64_t sequences, tokens, chunk_rows;  // N, T, NC
   int kv_heads, dim, gate_groups;
@@ -34,8 +34,9 @@ struct BankScanParams {
   const void* state_summary_mass;  // (N, Ms) A
   const void* eta_logit;           // (Hkv) A, null without summary slots
   const double* inv_freq;          // (D/2)
-  const void* kbar;                // (T, Hkv, D) keys as the bank holds them: see bank_keys.h; k without bank_distance. Read only
-  const void* state_kbar;          // (N, Hkv, W + Me, D) likewise; by the summary bank
+  // Keys as the bank holds them: see bank_keys.h. Only the summary bank reads them: k and state_k without one.
+  const void* kbar;                // (T, Hkv, D)
+  const void* state_kbar;          // (N, Hkv, W + Me, D)
 };
 
 struct BankScanForward : BankScanParams {

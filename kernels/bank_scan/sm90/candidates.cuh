@@ -7,8 +7,6 @@
 
 namespace coda::kernels::sm90 {
 
-constexpr int kExactCandidates = kTileRows;  // of a chunk, the most
-
 struct BankScan : BankScanForward {
   Banks banks;
 };

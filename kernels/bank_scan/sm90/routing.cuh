@@ -27,7 +27,7 @@ __device__ inline uint32_t score_key(float score) {
 // The least float that is not below tau: x < tau in float64 and x < float_threshold(tau) are the same for every float x.
 __device__ inline float float_threshold(double tau) { return __double2float_ru(tau); }
 
-// x / n in three steps, n with its reciprocal; the same bits for n up to 8.
+// x / n in three steps, n with its reciprocal; the same bits while nothing leaves the range of normal numbers.
 __device__ inline float quotient(float x, float n, float reciprocal) {
   const float near = mul_rn(x, reciprocal);
   return __fmaf_rn(__fmaf_rn(-near, n, x), reciprocal, near);

@@ -9,9 +9,9 @@ namespace coda::kernels::sm90 {
 
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
-// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each is off by
-// 2^-20 at most: 2^-16 + 2^-18 together.
-constexpr float kMargin = 0x1p-14f;
+// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each of 17 addends,
+// none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every addend: 2^-14.8 together.
+constexpr float kMargin = 0x1p-13f;
 
 // Shared memory of one block of the summary bank's cluster, which holds one KV head.
 template <class T, int kDim>
