@@ -77,8 +77,6 @@ sm90::Banks in_clusters(const BankScanParams& params, DType dtype) {
   return device_capability() == 90 ? sm90::banks_served(params, dtype) : sm90::Banks{false, false};
 }
 
-}  // namespace
-
 cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStream_t stream) {
   const int held = params.window + params.exact_slots;
   const dim3 grid(static_cast<unsigned>(params.sequences * params.kv_heads), (held + kWarps - 1) / kWarps);
@@ -87,6 +85,8 @@ cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStrea
     return launch(copy_new_state_kernel<T>, grid, kWarps * kWarp, 0, stream, CopyParams{params, wide_rows<T>(params)});
   });
 }
+
+}  // namespace
 
 size_t bank_scan_workspace(const BankScanParams& params, DType dtype) {
   // The steps run one after the other and share it.

@@ -12,7 +12,7 @@ __device__ inline double retention_key(double logit, double age_decay, int64_t p
   return isnan(key) ? neg_inf<double>() : key;
 }
 
-// The exact bank of one gate group and what is offered to it.
+// The exact bank of one gate group and what is offered to it, one eviction at a time: a decode step. The scan has no walk.
 struct RetentionBank {
   double* key;         // (Me)
   int64_t* position;   // (Me), -1 free

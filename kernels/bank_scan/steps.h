@@ -4,13 +4,12 @@
 
 namespace coda::kernels {
 
-// The parts of a scan. The exact bank and the summary bank do not read each other; the new state is copied last.
+// The parts of a scan. The exact bank and the summary bank do not read each other.
 size_t retention_scan_workspace(const BankScanParams& params);
 cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStream_t stream);
 size_t novelty_scan_workspace(const BankScanParams& params, DType dtype);
 cudaError_t novelty_scan(const BankScanForward& params, DType dtype, cudaStream_t stream);
 size_t summary_scan_workspace(const BankScanParams& params, DType dtype);
 cudaError_t summary_scan(const BankScanForward& params, DType dtype, cudaStream_t stream);
-cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStream_t stream);
 
 }  // namespace coda::kernels

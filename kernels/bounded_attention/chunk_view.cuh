@@ -2,14 +2,9 @@
 
 #include "../common/attention_tiles.cuh"
 #include "../common/ring.cuh"
-#include "../common/sequences.cuh"
-#include "params.h"
+#include "chunk_rows.cuh"
 
 namespace coda::kernels {
-
-__device__ inline int64_t sequence_of_row(const BoundedAttentionParams& p, int64_t row) {
-  return find_sequence(p.sequences, row, [&](int64_t n) { return p.cu_seqlens[n] / p.chunk + 2 * n; });
-}
 
 // One sequence as one KV head sees it.
 template <class T>
@@ -148,12 +143,6 @@ __device__ inline void for_window_tiles(const ChunkView<T>& chunk, int64_t last,
         count, [&chunk, &p, position](int j) { return chunk.row(p.state_k, p.k, chunk.source_of(position + j)); },
         [&chunk, position](int j) { return chunk.value(chunk.source_of(position + j)); }, position);
   }
-}
-
-// Row tiles of every chunk row, for grid.x.
-__host__ __device__ inline int64_t tiles_per_chunk(const BoundedAttentionParams& p, int block_rows) {
-  const int64_t rows = (p.chunk < p.tokens ? p.chunk : p.tokens) * (p.heads / p.kv_heads);
-  return (rows + block_rows - 1) / block_rows;
 }
 
 }  // namespace coda::kernels

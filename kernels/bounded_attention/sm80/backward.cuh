@@ -7,6 +7,7 @@
 
 #include "../../common/ring.cuh"
 #include "../../diff_attention/sm80/tiles.cuh"
+#include "../chunk_rows.cuh"
 #include "../launch.h"
 
 namespace coda::kernels::sm80 {
@@ -66,13 +67,7 @@ cudaError_t bounded_backward_window(const BoundedBackward& params, DType dtype, 
 
 // Row tiles of a chunk.
 __host__ __device__ inline int row_tiles(const BoundedAttentionParams& p) {
-  const int size = query_block_rows(p.streams);
-  const int64_t rows = (p.chunk < p.tokens ? p.chunk : p.tokens) * (p.heads / p.kv_heads);
-  return static_cast<int>((rows + size - 1) / size);
-}
-
-__device__ inline int64_t sequence_of_snapshot(const BoundedBackward& p, int64_t snapshot) {
-  return find_sequence(p.sequences, snapshot, [&](int64_t n) { return p.cu_seqlens[n] / p.chunk + 2 * n; });
+  return static_cast<int>(tiles_per_chunk(p, query_block_rows(p.streams)));
 }
 
 // One sequence as one KV head sees it. Tokens, chunks and rows, which are (token, head of the group), count from its first new

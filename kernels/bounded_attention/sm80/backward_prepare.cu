@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(BoundedBackwar
       p.theta_angles[from + i] = angle_of(static_cast<const float*>(p.theta)[from + i]);
     }
   }
-  const HeadView view(p, sequence_of_snapshot(p, row), kv_head);
+  const HeadView view(p, sequence_of_row(p, row), kv_head);
   const int chunk = static_cast<int>(row - view.row0);
   if (chunk >= view.chunks) return;
   const int64_t snapshot = view.snapshot(chunk);

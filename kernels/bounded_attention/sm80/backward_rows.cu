@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(const __grid
 
   const int tiles = row_tiles(p), tile = blockIdx.x % tiles, kv_head = blockIdx.x / tiles % p.kv_heads;
   const int64_t chunk_row = blockIdx.x / tiles / p.kv_heads;
-  const HeadView& view = block_view(p, sequence_of_snapshot(p, chunk_row), kv_head);
+  const HeadView& view = block_view(p, sequence_of_row(p, chunk_row), kv_head);
   const int chunk = static_cast<int>(chunk_row - view.row0);
   if (chunk >= view.chunks) return;
   const int row0 = view.begin_of(chunk) * view.group + tile * kBlock;

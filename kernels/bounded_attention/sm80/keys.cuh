@@ -8,7 +8,7 @@
 
 namespace coda::kernels::sm80 {
 
-constexpr int kKeys = 16 * kWarps;  // keys of a block
+constexpr int kKeys = kSlotTile;  // keys of a block, slots or tokens
 constexpr int kStep = 32;           // query rows of a step
 
 struct StepScalars {

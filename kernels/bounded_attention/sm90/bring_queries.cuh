@@ -26,7 +26,6 @@ struct BringQueries {
   static constexpr int kRowsAtOnce = hopper::kWarpgroup / kParts;
   static constexpr int kSteps = item_rows(Streams) / kRowsAtOnce;
   static constexpr int kAhead = Streams == 1 ? 2 : 1;  // rows on their way
-  enum NamedBarrier { kAngles = 3 };
 
   const Arguments& p;
   Memory& shared;

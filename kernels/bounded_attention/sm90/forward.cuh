@@ -10,9 +10,6 @@
 
 namespace coda::kernels::sm90::bounded {
 
-// Barrier 3 is BringQueries::kAngles; kTurn is the first of two, one for each warpgroup.
-enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurn = 4 };
-
 // One consumer warpgroup: one online softmax for each item, over its bank and then its window. Tiles of all items run in one stream,
 // so that the first logits of an item are computed while the item before it ends.
 template <class T, int D, int Streams>

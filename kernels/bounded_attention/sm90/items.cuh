@@ -6,8 +6,10 @@
 
 #include "../../common/hopper.cuh"
 #include "../../common/launch.cuh"
+#include "../../common/ring.cuh"
+#include "../../common/rotation.cuh"
 #include "../../common/tensor_map.h"
-#include "../chunk_view.cuh"
+#include "../chunk_rows.cuh"
 
 namespace coda::kernels::sm90::bounded {
 
@@ -25,8 +27,8 @@ struct Arguments : BoundedAttentionForward {
   unsigned row_tiles;  // of a chunk and KV head
   unsigned items;
   int group;                // query heads of a KV head
-  uint32_t group_inverse;  // of 2^32
-  bool turned;  // the bank meets other queries than the window
+  uint32_t group_inverse;   // of 2^32
+  bool turned;              // the bank meets other queries than the window
   float logit_scale, log2_scale, inverse_scale, eps;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
   CUtensorMap k_map, v_map;
@@ -57,6 +59,9 @@ struct Item {
   int tiles;  // of bank and window; 0 ends the block
 };
 
+// kAngles among those that bring queries, the others among those that attend; kTurn is the first of two, one for each warpgroup.
+enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kAngles, kTurn };
+
 // An item and its sequence, as a warp that brings them keeps it in shared memory: such warps have few registers.
 struct Place : Item {
   int sequence;
@@ -75,7 +80,7 @@ struct Shared {
   alignas(1024) T q[kQuerySets][kConsumers][kRows * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  alignas(128) unsigned char exchange[kRows * D * 4];  // outputs on their way: see Attend::finish
+  alignas(128) unsigned char exchange[kRows * D * 4];      // outputs on their way: see Attend::finish
   alignas(16) float bias[kStages][kKeys];                  // of the bank's slots, as a share of the logit before its scale
   alignas(16) Angle<float> bank_angles[D / 2];
   alignas(16) float norm_weight[D];
