@@ -45,6 +45,7 @@ __device__ inline void send(uint32_t to, uint32_t x, uint32_t y, uint32_t barrie
 __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
   send(to, __float_as_uint(x), __float_as_uint(y), barrier);
 }
+
 template <class Params>
 cudaError_t launch_clusters(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared, cudaStream_t stream,
                             const Params& params) {
