@@ -38,15 +38,6 @@ struct alignas(16) SummaryShared {
   }
 };
 
-// Copies shared memory to global in the background; both at multiples of 16 bytes. One thread.
-__device__ inline void store_bytes(void* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
-               : "memory");
-}
-__device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ inline void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 // One block of a cluster that walks the chunks of one sequence.
 template <class T, int kParts>
 class SummaryScan {
@@ -92,7 +83,7 @@ class SummaryScan {
       if (free > 0) free = __syncthreads_count(threadIdx.x < slots && !(work.mass[threadIdx.x] > 0.0f));
       hopper::wait(fetched + buffer, parity);
       if (count > 0) choose(buffer, count, free);
-      if (threadIdx.x == 0) wait_stores_read();
+      if (threadIdx.x == 0) hopper::wait_stores_read();
       __syncthreads();
       if (count > 0) {
         hopper::wait(fetched_keys, keys_parity);
@@ -114,7 +105,7 @@ class SummaryScan {
     hopper::fence_async_proxy();
     __syncthreads();
     write(p.new_summary_k, p.new_summary_v, p.new_summary_mass, view.n);
-    if (threadIdx.x == 0) wait_stores();
+    if (threadIdx.x == 0) hopper::wait_stores();
   }
 
  private:
@@ -483,9 +474,9 @@ class SummaryScan {
     if (threadIdx.x == 0) {
       const int64_t at = view.summary_row(row, head, 0);
       const uint32_t bytes = static_cast<uint32_t>(slots * kDim * sizeof(float));
-      store_bytes(static_cast<float*>(k) + at, work.k, bytes);
-      store_bytes(static_cast<float*>(v) + at, work.v, bytes);
-      commit_stores();
+      hopper::store_bytes(static_cast<float*>(k) + at, work.k, bytes);
+      hopper::store_bytes(static_cast<float*>(v) + at, work.v, bytes);
+      hopper::commit_stores();
     }
     if (head == 0 && threadIdx.x < slots) static_cast<float*>(mass)[row * slots + threadIdx.x] = work.mass[threadIdx.x];
   }
