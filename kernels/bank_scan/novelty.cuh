@@ -68,7 +68,7 @@ __device__ inline void route_in_order(const NoveltyBank<A>& bank, const NoveltyR
       int victim = rule.slots;
       for (int j = rule.sinks + lane_id(); j < rule.slots; j += kWarp) {
         const int64_t touched = bank.occupant[j] == NoveltyBank<A>::kFree ? INT64_MIN : bank.last_touch[j];
-        if (touched < oldest) {
+        if (victim == rule.slots || touched < oldest) {
           oldest = touched;
           victim = j;
         }

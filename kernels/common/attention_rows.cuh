@@ -33,11 +33,9 @@ template <class A>
 __device__ inline void absorb_logits(RowState<A>& state, A (&p)[kLines]) {
 #pragma unroll
   for (int l = 0; l < kLines; ++l) {
-    const A x = p[l], peak = max(state.peak[l], warp_max(x));
-    p[l] = A(0);
-    if (peak == neg_inf<A>()) continue;
-    const A shrink = exp(state.peak[l] - peak);
-    p[l] = exp(x - peak);
+    const A x = p[l], peak = max(state.peak[l], warp_max(x)), base = peak == neg_inf<A>() ? A(0) : peak;
+    const A shrink = exp(state.peak[l] - base);
+    p[l] = exp(x - base);
     state.total[l] = state.total[l] * shrink + warp_sum(p[l]);
     state.peak[l] = peak;
 #pragma unroll
@@ -104,7 +102,7 @@ template <class A>
 __device__ inline void divide_by_total(RowState<A>& state) {
 #pragma unroll
   for (int l = 0; l < kLines; ++l) {
-    const A inverse = state.total[l] > A(0) ? A(1) / state.total[l] : A(0);
+    const A inverse = state.total[l] == A(0) ? A(0) : A(1) / state.total[l];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) state.out[l][i] *= inverse;
   }
@@ -112,7 +110,7 @@ __device__ inline void divide_by_total(RowState<A>& state) {
 
 template <class A>
 __device__ inline A log_sum_exp(A peak, A total) {
-  return total > A(0) ? peak + log(total) : neg_inf<A>();
+  return total == A(0) ? neg_inf<A>() : peak + log(total);
 }
 
 // Writes the warp's rows; at(r) is token * H + head of row r, or -1 past the end. `size` is T * H.

@@ -81,12 +81,13 @@ __device__ inline A warp_sum(A x) {
   return x;
 }
 
+// NaN ranks below every number, so that all lanes agree.
 template <class A>
 __device__ inline A warp_max(A x) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const A other = __shfl_xor_sync(kAllLanes, x, offset);
-    x = x > other ? x : other;
+    x = x > other || other != other ? x : other;
   }
   return x;
 }

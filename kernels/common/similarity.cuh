@@ -48,7 +48,8 @@ __device__ inline void mean_cosines(A* scores, int rows, int columns, int heads,
   }
 }
 
-// The best of a warp's (score, index) pairs: the largest score, ties to the lowest index; index -1 stands for none.
+// The best of a warp's (score, index) pairs: the largest score, ties to the lowest index; index -1 stands for none. NaN ranks below
+// every number, so that all lanes agree.
 template <class A>
 struct Best {
   A score;
@@ -58,7 +59,9 @@ struct Best {
 template <class A>
 __device__ inline bool better(const Best<A>& a, const Best<A>& b) {
   if (a.index < 0 || b.index < 0) return b.index < 0 && a.index >= 0;
-  return a.score > b.score || (a.score == b.score && a.index < b.index);
+  const bool a_number = a.score == a.score, b_number = b.score == b.score;
+  if (a_number != b_number) return a_number;
+  return a.score > b.score || (!(a.score < b.score) && a.index < b.index);
 }
 
 template <class A>

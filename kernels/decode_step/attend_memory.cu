@@ -119,14 +119,15 @@ __global__ void __launch_bounds__(8 * kWarp) attend_kernel(DecodeStepParams p) {
     for (int w = 0; w < warp_count(); ++w) peak = max(peak, peaks[w][l]);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) out[i] = A(0);
-    if (peak == neg_inf<A>()) return;
+    const A base = peak == neg_inf<A>() ? A(0) : peak;
     for (int w = 0; w < warp_count(); ++w) {
-      const A shrink = exp(peaks[w][l] - peak);
+      const A shrink = exp(peaks[w][l] - base);
       total += totals[w][l] * shrink;
       for_elements(dim, [&](int i, int d) { out[i] += partial[(w * kLines + l) * stride + d] * shrink; });
     }
+    const A inverse = total == A(0) ? A(0) : A(1) / total;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) out[i] /= total;
+    for (int i = 0; i < kVec; ++i) out[i] *= inverse;
   };
   const RowOutputs<T> to{static_cast<T*>(p.y), nullptr, nullptr, nullptr, static_cast<const A*>(p.lam),
                          static_cast<const A*>(p.norm_weight), static_cast<A>(p.norm_eps)};

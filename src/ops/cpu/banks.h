@@ -122,6 +122,12 @@ T mean_cosine(const Rows<T>& a, const Rows<T>& b) {
   return total / static_cast<T>(heads);
 }
 
+// Whether a similarity is above the best of the slots before it. NaN ranks below every number.
+template <class T>
+bool beats(T here, T best) {
+  return here > best || (best != best && here == here);
+}
+
 struct NoveltyRule {
   int64_t sinks;
   double tau_novel, tau_match;
@@ -150,7 +156,7 @@ struct NoveltyBank {
     for (int64_t j = 0; j < slots; ++j) {
       if (!used[j]) continue;
       const T here = mean_cosine(candidate, rows[j]);
-      if (best < 0 || here > score) {
+      if (best < 0 || beats(here, score)) {
         best = j;
         score = here;
       }
@@ -242,7 +248,7 @@ struct SummaryBank {
           continue;
         }
         const T here = mean_cosine(mine, feature[j]);
-        if (best < 0 || here > score) {
+        if (best < 0 || beats(here, score)) {
           best = j;
           score = here;
         }

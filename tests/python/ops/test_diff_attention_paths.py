@@ -168,6 +168,21 @@ class TestEveryPath:
         torch.testing.assert_close(call.run(tensors), exact.bfloat16(), rtol=2e-2, atol=2e-2)
         assert all(bool(g.isfinite().all()) for g in gradients(call, tensors).values())
 
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    @pytest.mark.parametrize("streams", [1, 2])
+    def test_what_is_not_a_number_stays_with_those_who_see_it(self, device, path, name, streams):
+        tensors = (call := Call(Shape(4, 2, 64), (200,), (200,), streams=streams)).make(device, torch.bfloat16)
+        y = call.run(tensors)
+        tensors[name][0, 130, 1] = math.nan  # token 130 of head 1
+        bad = call.run(tensors).isnan().all(-1)[0]
+        seen = torch.zeros_like(bad)
+        if name == "q":
+            seen[130, 1] = True
+        else:
+            seen[130:, 2:] = True  # causal; query heads 2 and 3 read KV head 1
+        assert torch.equal(bad, seen)
+        assert torch.equal(call.run(tensors)[0][~seen], y[0][~seen])
+
     def test_repeats(self, device, path):
         """Bit for bit; the sm90 path, which adds shares of grad_q in any order, where it is asked to."""
         call = Call(Shape(8, 2, 128), (1000,), (1000,), norm=True)

@@ -1,5 +1,6 @@
 """route_exact_bank against the rule of the semantics, section 3.4, written out as a loop."""
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -75,7 +76,8 @@ def by_the_rule(value, gate, position, bank_value, used, last_touch, *, tau_exac
             mine = direction(value[b, :, i].double())
             # A slot's score; equal contents tie exactly, so the lowest wins.
             score = {j: float((mine * x).sum(-1).mean()) for j, x in enumerate(held) if x is not None}
-            best = max(score, key=lambda j: (score[j], -j), default=None)
+            # NaN ranks below every number, and is not below a threshold.
+            best = max(score, key=lambda j: (-math.inf if math.isnan(score[j]) else score[j], -j), default=None)
             if best is None or score[best] < tau_novel:
                 free = [j for j in range(num_sinks, slots) if held[j] is None]
                 j = free[0] if free else min(range(num_sinks, slots), key=lambda j: (int(touched[b, j]), j))
@@ -89,10 +91,13 @@ def by_the_rule(value, gate, position, bank_value, used, last_touch, *, tau_exac
     return slot, action, touched
 
 
-def assert_by_the_rule(route, device, dtype):
-    expected = by_the_rule(*route.make(torch.device("cpu"), dtype), **route.options)
-    for name, mine, theirs in zip(("slot", "action", "last_touch"), route.run(device, dtype), expected):
+def assert_same(decisions, expected):
+    for name, mine, theirs in zip(("slot", "action", "last_touch"), decisions, expected):
         assert mine.tolist() == theirs.tolist(), name
+
+
+def assert_by_the_rule(route, device, dtype):
+    assert_same(route.run(device, dtype), by_the_rule(*route.make(torch.device("cpu"), dtype), **route.options))
 
 
 class TestTheRule:
@@ -121,6 +126,25 @@ class TestTheRule:
         gate = torch.tensor([[0.25, 0.2490234375, 0.5]], device=device).to(gate_dtype)
         _, action, _ = F.route_exact_bank(value, gate, position, bank, used, touched, tau_exact=0.25)
         assert (action != SKIP).tolist() == [[True, False, True]]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dim", [6, 64])
+    @pytest.mark.parametrize("bad", [(0,), (0, 3), (1, 2, 3), (0, 1, 2, 3)])
+    def test_what_is_not_a_number_ranks_last(self, device, dtype, dim, bad):
+        value, gate, position, bank, used, touched = Route(2, 2, dim, 7, 4, free=0.0).make(torch.device("cpu"), dtype)
+        bank[:, 0, list(bad), 1] = math.nan
+        value[1, :, 2] = math.nan
+        tensors = value, torch.ones_like(gate), position, bank, used, touched
+        for options in ({}, {"refresh_on_hit": True}):
+            assert_same(F.route_exact_bank(*(t.to(device) for t in tensors), **options), by_the_rule(*tensors, **options))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_slots_touched_at_the_end_of_time(self, device, dtype):
+        value, gate, position, bank, used, _ = Route(1, 2, 64, 5, 4, free=0.0).make(torch.device("cpu"), dtype)
+        touched = torch.full(used.shape, torch.iinfo(torch.int64).max)
+        tensors = value, torch.ones_like(gate), position, bank, used, touched
+        options = {"tau_novel": 1.5, "num_sinks": 1}
+        assert_same(F.route_exact_bank(*(t.to(device) for t in tensors), **options), by_the_rule(*tensors, **options))
 
     def test_by_hand(self, device):
         east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
