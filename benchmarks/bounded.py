@@ -86,6 +86,12 @@ class _Memory:
                                    config=self.config, eta_logit=self.eta_logit if eta_logit is None else eta_logit)
         return y
 
+    @torch.no_grad()
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, theta: Tensor, ends: Tensor) -> Tensor:
+        y, _ = F.bounded_attention(q, k, v, lam, theta, self.gate.view(k.shape[0], -1), self.empty(k, ends.shape[0] - 1),
+                                   inv_freq=self.inv_freq, config=self.config, eta_logit=self.eta_logit, cu_seqlens=ends)
+        return y
+
     def scan(self, k: Tensor, v: Tensor, ends: Tensor) -> None:
         """The scan alone of packed k, v (T, Hkv, D), in the segments in which the attention has it."""
         state = self.empty(k, ends.shape[0] - 1).tensors()
@@ -132,19 +138,22 @@ def _keys(length: int, config: CodaConfig) -> int:
 
 
 def _ragged(run: Run, tokens: int) -> list[dict[str, Any]]:
-    """The scan of many sequences of any lengths beside that of as many tokens in one."""
-    run.say(f"bank_scan B {_SEQUENCES}")
-    k, v = (t[0] for t in _inputs(run.device, tokens)[1:3])
+    """Many sequences of any lengths beside as many tokens in one: the scan alone, and scan and attention."""
+    run.say(f"ragged B {_SEQUENCES}")
+    inputs = _inputs(run.device, tokens)
+    q, k, v, lam, theta = (*(t[0] for t in inputs[:4]), inputs[4])
     cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))[:_SEQUENCES - 1].sort().values + 1
     many = torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])]).to(run.device)
     one = torch.arange(2, device=run.device) * tokens
     rows = []
     for preset, config in _PRESETS.items():
-        memory = _Memory(config, k)
-        times = _time(run, {"ours": functools.partial(memory.scan, k, v, many)},
-                      {"one_sequence": functools.partial(memory.scan, k, v, one)})
-        row = _row("bank_scan", "forward", preset, tokens, times["ours"])
-        rows.append(row | {"B": _SEQUENCES, "baselines": {"one_sequence": times.get("one_sequence")}})
+        memory = _Memory(config, inputs[1])
+        calls = {"bank_scan": functools.partial(memory.scan, k, v),
+                 "bounded_attention_ragged": functools.partial(memory.attend_packed, q, k, v, lam, theta)}
+        for op, function in calls.items():
+            times = _time(run, {"ours": functools.partial(function, many)}, {"one_sequence": functools.partial(function, one)})
+            row = _row(op, "forward", preset, tokens, times["ours"])
+            rows.append(row | {"B": _SEQUENCES, "baselines": {"one_sequence": times.get("one_sequence")}})
     return rows
 
 
