@@ -51,11 +51,13 @@ struct BankScanForward : BankScanParams {
   void* new_gate;          // out (N, R, W + Me) A
   int64_t* new_exact_pos;  // out (N, R, Me)
   int64_t* new_last_touch;  // out (N, Me)
-  int64_t* new_counts;      // in, out (N, 2): the old counts before
+  int64_t* new_counts;      // out (N, 2); with the novelty policy and without exact slots the old counts before
   void* new_summary_k;      // out (N, Hkv, Ms, D) A
   void* new_summary_v;      // out (N, Hkv, Ms, D) A
   void* new_summary_mass;   // out (N, Ms) A
   void* workspace;          // bank_scan_workspace bytes
+  const int64_t* counts;    // (N, 2)
+  int64_t* new_tokens_seen;  // out (N)
 };
 
 struct BankScanBackward : BankScanParams {

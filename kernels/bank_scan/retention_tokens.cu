@@ -1,11 +1,10 @@
 #include "retention_segments.cuh"
 
-#include <algorithm>
-
 namespace coda::kernels {
 namespace {
 
-constexpr int kThreads = kSegmentTokens;
+constexpr int kThreads = 512;
+constexpr int kShares = 4;  // lanes that look for the rank of one entry of a carried bank
 
 // The bank that a sequence came with, in order of rank.
 struct CarriedBank {
@@ -16,8 +15,7 @@ struct CarriedBank {
       : key(carver.take<uint64_t>(capacity)), order(carver.take<int64_t>(capacity)) {}
 
   template <class A>
-  __device__ void sort(const RetentionScan& p, int n, int group) const {
-    const auto plan = SequencePlan::of(p, n);
+  __device__ void sort(const RetentionScan& p, const SequencePlan& plan, int group) const {
     const int64_t state = plan.state_row(p, group);
     const int64_t* positions = p.exact_pos + state * p.exact_slots + p.num_sinks;
     const A* gates = static_cast<const A*>(p.state_gate) + state * (p.window + p.exact_slots) + p.window + p.num_sinks;
@@ -27,28 +25,45 @@ struct CarriedBank {
       order[j] = free ? j : positions[j];  // arrivals take the slots of the last ranks: free ones fill in ascending order
     }
     __syncthreads();
-    const int64_t row = (static_cast<int64_t>(plan.segment0(p) + n) * p.gate_groups + group) * p.capacity;
-    for (int j = threadIdx.x; j < p.capacity; j += blockDim.x) {
+    const int64_t row = plan.state_row(p, group) * p.capacity;
+    const int share = lane_id() % kShares;
+    for (int base = threadIdx.x / kWarp * (kWarp / kShares); base < p.capacity; base += blockDim.x / kShares) {
+      const int j = base + lane_id() / kShares;
+      const bool real = j < p.capacity;
+      const uint64_t mine = real ? key[j] : 0;
+      const int64_t mine_order = real ? order[j] : 0;
       int rank = 0;
 #pragma unroll 4
-      for (int i = 0; i < p.capacity; ++i) rank += key[i] > key[j] || (key[i] == key[j] && order[i] > order[j]);
-      p.bank_key[row + rank] = key[j];
-      p.bank_id[row + rank] = key[j] == kFreeSlot ? -1 : -2 - j;
-      p.bank_slot[row + rank] = j;
-      p.bank_rank[row + j] = rank;
+      for (int i = share; i < p.capacity; i += kShares) rank += key[i] > mine || (key[i] == mine && order[i] > mine_order);
+      rank = warp_shares(rank);
+      if (!real || share > 0) continue;
+      p.carried_key[row + rank] = mine;
+      p.carried_id[row + rank] = mine == kFreeSlot ? -1 : -2 - j;
+      p.carried_rank[row + j] = rank;
     }
+  }
+  __device__ static int warp_shares(int rank) {
+#pragma unroll
+    for (int offset = kShares / 2; offset > 0; offset /= 2) rank += __shfl_xor_sync(kAllLanes, rank, offset);
+    return rank;
   }
 };
 
+// The counts so far and the sinks among what leaves the ring.
+__device__ inline void begin_counts(const RetentionScan& p, const SequencePlan& plan) {
+  const int64_t pinned = min(plan.last_end(p), static_cast<int64_t>(p.num_sinks)) - plan.evicted;
+  p.new_counts[2 * plan.number] = p.counts[2 * plan.number] + (pinned > 0 ? pinned * p.gate_groups : 0);
+  p.new_counts[2 * plan.number + 1] = p.counts[2 * plan.number + 1];
+}
+
 // The tokens of a segment, sorted by merging; between equal keys the later token comes first.
 struct SegmentTokens {
-  SegmentPlan* plan;
   uint64_t *key, *other_key;  // (segment_tokens)
   int *token, *other_token;   // (segment_tokens)
 
   __host__ __device__ SegmentTokens(Carver& carver, int tokens)
-      : plan(carver.take<SegmentPlan>(1)), key(carver.take<uint64_t>(tokens)), other_key(carver.take<uint64_t>(tokens)),
-        token(carver.take<int>(tokens)), other_token(carver.take<int>(tokens)) {}
+      : key(carver.take<uint64_t>(tokens)), other_key(carver.take<uint64_t>(tokens)), token(carver.take<int>(tokens)),
+        other_token(carver.take<int>(tokens)) {}
 
   template <class A>
   __device__ void sort(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row) const {
@@ -98,7 +113,7 @@ struct SegmentTokens {
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       p.token_key[row * count + i] = from_key[i];
-      p.token[row * count + i] = from_token[i];
+      p.token_id[row * count + i] = id + from_token[i];
     }
   }
 };
@@ -107,36 +122,39 @@ struct SegmentTokens {
 template <class A>
 __global__ void __launch_bounds__(kThreads, 3) retention_tokens_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ SegmentPlan plan;
+  let_next_launch_come();
   const int states = static_cast<int>(p.sequences) * p.gate_groups, block = static_cast<int>(blockIdx.x) - states;
   const int outer = (block < 0 ? block + states : block) / p.gate_groups, group = static_cast<int>(blockIdx.x) % p.gate_groups;
   with_block_memory(p, shared, [&](Carver& carver) {
     if (block < 0) {
-      CarriedBank(carver, p.capacity).template sort<A>(p, outer, group);
+      const auto sequence = SequencePlan::of(p, outer);
+      if (group == 0 && threadIdx.x == 0) begin_counts(p, sequence);
+      CarriedBank(carver, p.capacity).template sort<A>(p, sequence, group);
       return;
     }
-    const SegmentTokens tokens(carver, p.segment_tokens);
-    if (warp_id() == 0) {
-      const auto plan = SegmentPlan::of(p, outer);
-      if (lane_id() == 0) *tokens.plan = plan;
-      if (lane_id() == 0 && group == 0) p.plan[outer] = plan;
-    }
+    SegmentPlan::put(&plan, p, outer);
     __syncthreads();
-    if (tokens.plan->used > 0) tokens.template sort<A>(p, *tokens.plan, group, block);
+    if (plan.used > 0) SegmentTokens(carver, p.segment_tokens).template sort<A>(p, plan, group, block);
   });
 }
 
-}  // namespace
-
-size_t retention_tokens_block(const RetentionScan& p) {
+size_t block_bytes(const RetentionScan& p) {
   Carver bank(nullptr), tokens(nullptr);
   CarriedBank(bank, p.capacity);
   SegmentTokens(tokens, p.segment_tokens);
   return std::max(bank.used(), tokens.used());
 }
 
+}  // namespace
+
+size_t retention_tokens_workspace(const RetentionScan& p) {
+  return workspace_part(block_bytes(p), (p.sequences + p.segments) * p.gate_groups);
+}
+
 cudaError_t retention_tokens(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
   RetentionScan p = scan;
-  p.block_bytes = retention_tokens_block(scan);
+  p.block_bytes = block_bytes(scan);
   const dim3 grid(static_cast<unsigned>((p.sequences + p.segments) * p.gate_groups));
   const auto kernel = dtype == DType::kFloat64 ? retention_tokens_kernel<double> : retention_tokens_kernel<float>;
   return launch(kernel, grid, kThreads, shared_part(p.block_bytes), stream, p);

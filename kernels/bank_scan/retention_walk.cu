@@ -1,7 +1,5 @@
 #include "retention_segments.cuh"
 
-#include <algorithm>
-
 namespace coda::kernels {
 namespace {
 
@@ -30,17 +28,27 @@ struct RankedSet {
   }
 };
 
-constexpr int kMostThreads = 640;
+constexpr int kThreads = 512;
+constexpr int kListsAtOnce = 16;
 
 __host__ __device__ inline int words_of(int count) { return (count + 31) / 32; }
 
+// The bank before the segment, in one of two places, and the segment's tokens in order of key.
+struct SegmentMemory {
+  uint64_t* bank;  // (2, capacity)
+  int* bank_id;    // (2, capacity)
+  uint64_t* key;   // (segment_tokens)
+  int* token;      // (segment_tokens) identities; then which of the segment's tokens that is
+
+  __host__ __device__ SegmentMemory(Carver& carver, int capacity, int tokens)
+      : bank(carver.take<uint64_t>(2 * capacity)), bank_id(carver.take<int>(2 * capacity)), key(carver.take<uint64_t>(tokens)),
+        token(carver.take<int>(tokens)) {}
+};
+
 // Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of
 // all keys together.
-struct WalkMemory {
+struct WalkMemory : SegmentMemory {
   int words;
-  uint64_t* bank;    // (capacity)
-  uint64_t* key;     // (segment_tokens)
-  int* token;        // (segment_tokens)
   int* place;        // (entries)
   int* born;         // (entries), by place: the chunk that brings it, 0 for the bank
   unsigned* member;  // (segment_chunks, words) of the sets: places that the bank or the chunks up to this one bring
@@ -50,11 +58,11 @@ struct WalkMemory {
   int* arrives;      // (segment_tokens) whether a token does; where born was
   unsigned* arrival_member;  // (words) of the set of tokens that do
   int* arrival_before;       // (words + 1)
-  int* leaver;       // (segment_tokens) the entry whose slot the i-th arrival takes; where place was
+  int* leaver;               // (segment_tokens) the entry whose slot the i-th arrival takes; where place was
 
   __host__ __device__ WalkMemory(Carver& carver, int capacity, int tokens, int chunks)
-      : words(words_of(capacity + tokens)), bank(carver.take<uint64_t>(capacity)), key(carver.take<uint64_t>(tokens)),
-        token(carver.take<int>(tokens)), place(carver.take<int>(capacity + tokens)), born(carver.take<int>(capacity + tokens)),
+      : SegmentMemory(carver, capacity, tokens), words(words_of(capacity + tokens)), place(carver.take<int>(capacity + tokens)),
+        born(carver.take<int>(capacity + tokens)),
         member(carver.take<unsigned>(chunks * words)), before(carver.take<int>(chunks * (words + 1))),
         stay(carver.take<int2>(capacity + tokens)), arrives(born), arrival_member(carver.take<unsigned>(words_of(tokens) + 1)),
         arrival_before(carver.take<int>(words_of(tokens) + 1)), leaver(place) {}
@@ -64,33 +72,114 @@ struct WalkMemory {
   __device__ RankedSet arrivals() const { return {arrival_member, arrival_before}; }
 };
 
-// One block finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes.
-__global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(RetentionScan p) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int segment = static_cast<int>(blockIdx.x) / p.gate_groups, sequence = p.plan[segment].sequence.number;
-  if (p.plan[segment].used == 0) return;
-  const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
-  const int entries = capacity + tokens;
-  const int64_t row = blockIdx.x, bank_row = row + static_cast<int64_t>(sequence) * p.gate_groups;
-  with_block_memory(p, shared, [&](Carver& carver) {
-    const WalkMemory work(carver, capacity, tokens, chunks);
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int i = e - capacity;
-      if (i < 0) {
-        work.bank[e] = p.bank_key[bank_row * capacity + e];
-      } else {
-        work.key[i] = p.token_key[row * tokens + i];
-        work.token[i] = p.token[row * tokens + i];
+// Lists of the best tokens of segments, two buffers of them; where WalkMemory has its own arrays, which come later.
+struct MergeMemory : SegmentMemory {
+  int at_once;  // lists, several only where each is as long as a bank
+  uint64_t *list, *other_list;  // (at_once, listed)
+  int *id, *other_id;           // (at_once, listed)
+
+  __host__ __device__ MergeMemory(Carver& carver, int capacity, int tokens, int listed)
+      : SegmentMemory(carver, capacity, tokens), at_once(listed == capacity ? kListsAtOnce : 1),
+        list(carver.take<uint64_t>(at_once * listed)), other_list(carver.take<uint64_t>(at_once * listed)),
+        id(carver.take<int>(at_once * listed)), other_id(carver.take<int>(at_once * listed)) {}
+
+  __device__ void swap() {
+    uint64_t* const lists = list;
+    int* const ids = id;
+    list = other_list;
+    id = other_id;
+    other_list = lists;
+    other_id = ids;
+  }
+};
+
+// Merges each two neighbours of a row of lists into the best `length` of both, the last one alone where their number is odd. Between
+// equal keys what comes from the later list wins: the later token, or a token over a free slot.
+__device__ inline void merge_neighbours(const uint64_t* key, const int* id, int lists, int length, uint64_t* to_key, int* to_id) {
+  const int parts = words_of(length);
+  for (int unit = warp_id(); unit < lists * parts; unit += warp_count()) {
+    const int list = unit / parts, other = list ^ 1, i = unit % parts * kWarp + lane_id();
+    if (i >= length) continue;
+    const uint64_t mine = key[list * length + i];
+    const int rank = other < lists ? i + count_above(key + other * length, length, list & 1 ? mine : mine - 1) : i;
+    if (rank >= length) continue;
+    to_key[list / 2 * length + rank] = mine;
+    to_id[list / 2 * length + rank] = id[list * length + i];
+  }
+}
+
+// Finds the bank before the segment: the best of what the sequence came with and of the lists of all segments before. Brings the
+// segment's own tokens meanwhile. Returns where in work.bank it is.
+__device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan, int group, MergeMemory work) {
+  const int capacity = p.capacity, tokens = p.segment_tokens, listed = p.listed, before = plan.before(p);
+  const int64_t row = blockIdx.x, carried = plan.sequence.state_row(p, group) * capacity;
+  for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
+    bring(p, work.key + i, p.token_key + row * tokens + i);
+    bring(p, work.token + i, p.token_id + row * tokens + i);
+  }
+  for (int e = threadIdx.x; e < capacity; e += blockDim.x) {
+    bring(p, work.bank + e, p.carried_key + carried + e);
+    bring(p, work.bank_id + e, p.carried_id + carried + e);
+  }
+  int now = 0;
+  for (int s = 0; s < before; s += work.at_once) {
+    int count = min(work.at_once, before - s);
+    for (int l = warp_id(); l < count; l += warp_count()) {
+      const int64_t from = (row - static_cast<int64_t>(before - s - l) * p.gate_groups) * tokens;
+      for (int i = lane_id(); i < listed; i += kWarp) {
+        bring(p, work.list + l * listed + i, p.token_key + from + i);
+        bring(p, work.id + l * listed + i, p.token_id + from + i);
       }
     }
+    wait_brought();
+    for (; count > 1; count = (count + 1) / 2) {
+      merge_neighbours(work.list, work.id, count, listed, work.other_list, work.other_id);
+      __syncthreads();
+      work.swap();
+    }
+    const uint64_t* bank = work.bank + now;
+    const int* bank_id = work.bank_id + now;
+    const int next = capacity - now;
+    for (int e = threadIdx.x; e < capacity + listed; e += blockDim.x) {
+      const int i = e - capacity;
+      const uint64_t mine = i < 0 ? bank[e] : work.list[i];
+      const int rank = i < 0 ? e + count_above(work.list, listed, mine - 1) : i + count_above(bank, capacity, mine);
+      if (rank >= capacity) continue;
+      work.bank[next + rank] = mine;
+      work.bank_id[next + rank] = i < 0 ? bank_id[e] : work.id[i];
+    }
     __syncthreads();
+    now = next;
+  }
+  if (before == 0) wait_brought();
+  return now;
+}
+
+// One block finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes.
+__global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionScan p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ SegmentPlan plan;
+  let_next_launch_come();
+  const int group = static_cast<int>(blockIdx.x) % p.gate_groups;
+  SegmentPlan::put(&plan, p, static_cast<int>(blockIdx.x) / p.gate_groups);
+  wait_for_previous_launch();
+  __syncthreads();
+  if (plan.used == 0) return;
+  const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
+  const int entries = capacity + tokens, first_id = plan.sequence.first_id + plan.begin * chunk;
+  const int64_t row = blockIdx.x;
+  with_block_memory(p, shared, [&](Carver& carver) {
+    Carver again = carver;
+    const int now = find_bank(p, plan, group, MergeMemory(again, capacity, tokens, p.listed));
+    const WalkMemory work(carver, capacity, tokens, chunks);
+    const uint64_t* bank = work.bank + now;
+    const int* bank_id = work.bank_id + now;
     // Between equal keys the later token comes first.
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int i = e - capacity;
-      const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1)
-                              : i + count_above(work.bank, capacity, work.key[i]);
+      const int place = i < 0 ? e + count_above(work.key, tokens, bank[e] - 1) : i + count_above(bank, capacity, work.key[i]);
       work.place[e] = place;
-      work.born[place] = i < 0 ? 0 : work.token[i] / chunk;
+      work.born[place] = i < 0 ? 0 : (work.token[i] -= first_id) / chunk;
     }
     __syncthreads();
     for (int w = warp_id(); w < work.words; w += warp_count()) {
@@ -145,30 +234,38 @@ __global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(Retenti
       int held = e;
       while (stay.x > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
       if (i < 0) {
+        p.bank_id[row * capacity + e] = bank_id[e];
         p.bank_until[row * capacity + e] = stay.x;
       } else {
         p.token_stay[row * tokens + work.token[i]] = {stay.x, held};
       }
-      if (stay.x == chunks) p.rank_after[row * capacity + held] = stay.y;
+      if (stay.x < chunks) continue;
+      p.rank_after[row * capacity + held] = stay.y;
+      if (plan.last()) {
+        p.last_id[plan.sequence.state_row(p, group) * capacity + stay.y] =
+            i < 0 ? bank_id[e] : first_id + work.token[i];
+      }
     }
-    if (threadIdx.x == 0) add_count(p.new_counts + 2 * sequence, arrivals.before[words_of(tokens)]);
+    if (threadIdx.x == 0) add_count(p.new_counts + 2 * plan.sequence.number, arrivals.before[words_of(tokens)]);
   });
+}
+
+size_t block_bytes(const RetentionScan& p) {
+  Carver walk(nullptr), merge(nullptr);
+  WalkMemory(walk, p.capacity, p.segment_tokens, p.segment_chunks);
+  MergeMemory(merge, p.capacity, p.segment_tokens, p.listed);
+  return std::max(walk.used(), merge.used());
 }
 
 }  // namespace
 
-size_t retention_walk_block(const RetentionScan& p) {
-  Carver sizes(nullptr);
-  WalkMemory(sizes, p.capacity, p.segment_tokens, p.segment_chunks);
-  return sizes.used();
-}
+size_t retention_walk_workspace(const RetentionScan& p) { return workspace_part(block_bytes(p), p.segments * p.gate_groups); }
 
 cudaError_t retention_walk(const RetentionScan& scan, cudaStream_t stream) {
   RetentionScan p = scan;
-  p.block_bytes = retention_walk_block(scan);
-  const int threads = std::clamp((p.capacity + p.segment_tokens + kWarp - 1) / kWarp * kWarp, kWarp, kMostThreads);
-  return launch(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), threads,
-                shared_part(p.block_bytes), stream, p);
+  p.block_bytes = block_bytes(scan);
+  return launch_behind(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), kThreads,
+                       shared_part(p.block_bytes), stream, p);
 }
 
 }  // namespace coda::kernels

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <cstdint>
+#include "numeric.cuh"
 
 namespace coda::kernels {
 
@@ -17,6 +17,20 @@ __device__ inline int64_t find_sequence(int64_t count, int64_t index, Start star
     }
   }
   return low;
+}
+
+// The same by one warp: every lane looks at one sequence, where a binary search would wait for memory again and again.
+template <class Start>
+__device__ inline int find_sequence_together(int64_t count, int64_t index, Start start) {
+  int n = 0;
+  for (int left = static_cast<int>(count) - 1; left > 0;) {
+    const int step = (left + kWarp - 1) / kWarp, ahead = (lane_id() + 1) * step;
+    const bool passed = ahead <= left && start(n + ahead) <= index;
+    const int by = __popc(__ballot_sync(kAllLanes, passed)) * step;
+    n += by;
+    left = min(left - by, step - 1);
+  }
+  return n;
 }
 
 // Packed sequences cut into tiles of `size` items without a host copy of their lengths: sequence n owns the tiles from
