@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/dtype.h"
+
 namespace coda::kernels {
 
 // The memory of packed sequences over their new tokens. A stands for the accumulation type, float or, for kFloat64, double. T counts
@@ -94,7 +96,7 @@ struct RouteExactBankParams {
   double tau_exact, tau_novel, tau_match;
   bool refresh_on_hit;
   const void* value;             // (B, Hkv, T, D)
-  const double* gate;            // (B, T), in [0, 1]
+  const void* gate;              // (B, T) of gate_dtype, in [0, 1]
   const int64_t* position;       // (B, T)
   const void* bank_value;        // (B, Hkv, Me, D)
   const bool* used;              // (B, Me)
@@ -103,6 +105,7 @@ struct RouteExactBankParams {
   int64_t* action;               // out (B, T): 0 skip, 1 insert, 2 touch, 3 refresh
   int64_t* new_last_touch;       // out (B, Me)
   void* workspace;               // route_exact_bank_workspace bytes
+  DType gate_dtype;
 };
 
 }  // namespace coda::kernels

@@ -1,3 +1,4 @@
+#include "../gates.cuh"
 #include "../launch.h"
 #include "cluster.cuh"
 #include "routing.cuh"
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
     }
   };
   if (head == 0) {
-    if (warp_id() == 0 && lane_id() < p.candidates) gate = p.gate[b * p.candidates + lane_id()];
+    if (warp_id() == 0 && lane_id() < p.candidates) gate = read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id());
     each_time([&](int i, int j) {
       if (i < p.slots) work.used[i] = p.used[b * p.slots + i];
       work.time[j] = i < p.slots ? p.last_touch[b * p.slots + i] : p.position[b * p.candidates + i - p.slots];
