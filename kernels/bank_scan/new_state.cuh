@@ -21,12 +21,14 @@ template <class T>
 __device__ inline void copy_rows(T* to_a, const T* a, T* to_b, const T* b, int dim, bool wide) {
   if (wide) {
     const int packets = dim * static_cast<int>(sizeof(T)) / 16, from_a = a ? packets : 0;
+#pragma unroll 1
     for (int i = lane_id(); i < from_a + packets; i += kWarp) {
       const bool first = i < from_a;
       const auto packet = reinterpret_cast<const uint4*>(first ? a : b)[first ? i : i - from_a];
       reinterpret_cast<uint4*>(first ? to_a : to_b)[first ? i : i - from_a] = packet;
     }
   } else {
+#pragma unroll 1
     for (int d = lane_id(); d < dim; d += kWarp) {
       if (a) to_a[d] = a[d];
       to_b[d] = b[d];
@@ -35,7 +37,7 @@ __device__ inline void copy_rows(T* to_a, const T* a, T* to_b, const T* b, int d
 }
 
 // What slot `slot` of one KV head holds in the new state: the token in flat source `source`, for a bank slot turned back where it was
-// not in a bank before. One warp.
+// not in a bank before. That of the first slot of all counts the tokens. One warp.
 template <class T>
 __device__ inline void copy_slot(const BankScanForward& p, const ScanView<T>& view, int head, int slot, int64_t source, bool wide) {
   using A = acc_t<T>;
@@ -48,16 +50,15 @@ __device__ inline void copy_slot(const BankScanForward& p, const ScanView<T>& vi
   if (turns) turn_back_row(new_k, k, p.dim, view.position_of(source), p.inv_freq, p.rope_interleaved);
   if (lane_id() == 0 && head == group) {
     static_cast<A*>(p.new_gate)[(view.n * p.gate_groups + group) * held + slot] = view.gate(source, group);
+    if (slot == 0 && head == 0) p.new_tokens_seen[view.n] = view.span.end();
   }
 }
 
-// The same of a slot of the ring. That of slot 0 counts the tokens.
+// What a slot of the ring holds then: a new token, or what it held.
 template <class T>
-__device__ inline void copy_ring_slot(const BankScanForward& p, int64_t n, int head, int slot, bool wide) {
-  const ScanView<T> view(p, n);
-  const int64_t position = ring_position(view.span.end(), slot, p.window);
-  copy_slot(p, view, head, slot, position >= view.span.first ? view.held() + position - view.span.first : slot, wide);
-  if (slot == 0 && head == 0 && lane_id() == 0) p.new_tokens_seen[n] = view.span.end();
+__device__ inline int64_t ring_source(const ScanView<T>& view, int slot) {
+  const int64_t position = ring_position(view.span.end(), slot, view.p.window);
+  return position >= view.span.first ? view.held() + position - view.span.first : slot;
 }
 
 }  // namespace coda::kernels

@@ -15,9 +15,13 @@ struct RowsParams : RetentionScan {
 struct RowsMemory {
   int32_t* staged;   // (staged, capacity)
   int32_t* slot_of;  // (capacity) by rank before the segment
+  int32_t* id;       // (capacity) likewise, as the next two from the step before
+  int32_t* until;    // (capacity)
+  int2* stay;        // (segment_tokens)
 
-  __host__ __device__ RowsMemory(Carver& carver, int lists, int capacity)
-      : staged(carver.take<int32_t>(lists * capacity)), slot_of(carver.take<int32_t>(capacity)) {}
+  __host__ __device__ RowsMemory(Carver& carver, int lists, int capacity, int tokens)
+      : staged(carver.take<int32_t>(lists * capacity)), slot_of(carver.take<int32_t>(capacity)),
+        id(carver.take<int32_t>(capacity)), until(carver.take<int32_t>(capacity)), stay(carver.take<int2>(tokens)) {}
 };
 
 int staged_lists(const RetentionScan& p) {
@@ -34,13 +38,17 @@ __device__ inline void follow_slots(const RowsParams& p, int32_t* staged, int64_
     const int slot = begin + static_cast<int>(threadIdx.x);
     const bool mine = slot >= 0 && slot < end;
     int rank = mine ? p.carried_rank[state * capacity + slot] : 0;
+#pragma unroll 1
     for (int s = 0; s < count; s += p.staged) {
       const int now = min(p.staged, count - s);
+#pragma unroll 1
       for (int i = warp_id(); i < now; i += kWarps) {
         const int64_t from = (segment + static_cast<int64_t>(s + i) * p.gate_groups) * capacity;
+#pragma unroll 1
         for (int e = lane_id(); e < capacity; e += kWarp) bring(p, staged + i * capacity + e, p.rank_after + from + e);
       }
       wait_brought();
+#pragma unroll 1
       for (int i = 0; mine && i < now; ++i) rank = staged[i * capacity + rank];
       __syncthreads();
     }
@@ -55,40 +63,50 @@ __device__ inline void write_rows(const RowsParams& p, const SegmentPlan& plan, 
   const int rows = plan.rows, used = plan.used, sinks = p.num_sinks, slots = p.exact_slots, capacity = p.capacity;
   const int64_t stride = static_cast<int64_t>(p.gate_groups) * slots;
   int32_t* index = p.index + (static_cast<int64_t>(sequence.row0 + plan.begin) * p.gate_groups + group) * slots;
+#pragma unroll 1
   for (int i = threadIdx.x; i < (rows - used) * slots; i += kThreads) index[(used + i / slots) * stride + i % slots] = -1;
-  for (int i = threadIdx.x; i < used * sinks; i += kThreads) {
-    const int b = i / sinks, j = i % sinks;
-    index[b * stride + j] = sequence.sink_source(p, group, j, sequence.evicted_end(p, plan.begin + b));
-  }
   if (used == 0) return;
   const auto hold = [&](int slot, int id, int from, int until) {
     const int source = sequence.source_of_id(p, id);
     int32_t* to = index + from * stride + sinks + slot;
+#pragma unroll 1
     for (int b = from; b < min(until, used); ++b, to += stride) *to = source;
   };
+#pragma unroll 1
+  for (int e = threadIdx.x; e < capacity; e += kThreads) {
+    bring(p, work.id + e, p.bank_id + row * capacity + e);
+    bring(p, work.until + e, p.bank_until + row * capacity + e);
+  }
+#pragma unroll 1
+  for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) bring(p, work.stay + c, p.token_stay + row * p.segment_tokens + c);
   const int before = plan.before(p);
+  if (before == 0) wait_brought();
   follow_slots(p, work.staged, sequence.state_row(p, group), row - static_cast<int64_t>(before) * p.gate_groups, before,
                0, capacity, [&](int slot, int rank) {
                  work.slot_of[rank] = slot;
-                 hold(slot, p.bank_id[row * capacity + rank], 0, p.bank_until[row * capacity + rank]);
+                 hold(slot, work.id[rank], 0, work.until[rank]);
                });
   const int first = sequence.first_id + plan.begin * p.chunk;
+#pragma unroll 1
   for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) {
-    const int2 stay = p.token_stay[row * p.segment_tokens + c];
-    if (stay.x > 0) hold(work.slot_of[stay.y], first + c, c / p.chunk, stay.x);
+    const int2 stay = work.stay[c];
+    if (stay.x > 0) hold(work.slot_of[stay.y], first + c, p.by_chunk.quotient(c), stay.x);
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < used * sinks; i += kThreads) {
+    const int b = i / sinks, j = i % sinks;
+    index[b * stride + j] = sequence.sink_source(p, group, j, sequence.evicted_end(p, plan.begin + b));
   }
 }
 
-// Exact slots of the new state, a warp a slot.
-template <class T>
-__device__ inline void copy_bank_slots(const RowsParams& p, int64_t n, int head, int slot0, const RowsMemory& work) {
-  __shared__ int source_of[kWarps];
+// The sources of the exact slots [slot0, slot0 + kWarps) of one KV head, which the new state gets. The whole block.
+__device__ inline void find_sources(const RowsParams& p, int n, int head, int slot0, const RowsMemory& work, int* source_of) {
   const int group = p.gate_groups == 1 ? 0 : head, sinks = p.num_sinks;
-  const auto plan = SequencePlan::of(p, static_cast<int>(n));
+  const auto plan = SequencePlan::of(p, n);
   const int64_t state = plan.state_row(p, group);
   const int count = plan.segments(p), j = slot0 + static_cast<int>(threadIdx.x);
   const auto put = [&](int slot, int source, int64_t position) {
-    source_of[slot - slot0] = source;
+    source_of[slot - slot0] = source < 0 ? p.window + slot : source;
     if (head != group) return;
     p.source[state * p.exact_slots + slot] = source;
     p.new_exact_pos[state * p.exact_slots + slot] = position;
@@ -104,63 +122,54 @@ __device__ inline void copy_bank_slots(const RowsParams& p, int64_t n, int head,
                  put(sinks + slot, plan.source_of_id(p, id),
                      id >= 0 ? plan.evicted + id : id == -1 ? -1 : p.exact_pos[state * p.exact_slots + sinks - 2 - id]);
                });
-  const int slot = slot0 + warp_id();
-  if (slot >= p.exact_slots) return;
-  const int source = source_of[warp_id()];
-  copy_slot<T>(p, ScanView<T>(p, n), head, p.window + slot, source < 0 ? p.window + slot : source, p.wide);
 }
 
-// The first blocks write the rows of the index, then come the exact slots of the new state, then its ring.
+__host__ __device__ inline int parts_of(int slots) { return (slots + kWarps - 1) / kWarps; }
+
+// The first blocks write the rows of the index, the others the exact slots of the new state, a warp a slot of a KV head.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) retention_rows_kernel(RowsParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ SegmentPlan plan;
-  let_next_launch_come();
-  int64_t block = blockIdx.x;
-  const int64_t row_blocks = p.segments * p.gate_groups, per_head = (p.exact_slots + kWarps - 1) / kWarps;
-  const int64_t bank_blocks = p.sequences * p.kv_heads * per_head;
-  if (block >= row_blocks + bank_blocks) {  // reads nothing of the scan
-    const int64_t slot = (block - row_blocks - bank_blocks) * kWarps + warp_id(), row = slot / p.window;
-    if (row >= p.sequences * p.kv_heads) return;
-    copy_ring_slot<T>(p, row / p.kv_heads, static_cast<int>(row % p.kv_heads), static_cast<int>(slot % p.window), p.wide);
+  __shared__ int source_of[kWarps];
+  const int row_blocks = static_cast<int>(p.segments) * p.gate_groups;
+  Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
+  const RowsMemory work(carver, p.staged, p.capacity, p.segment_tokens);
+  if (static_cast<int>(blockIdx.x) < row_blocks) {
+    SegmentPlan::put(&plan, p, static_cast<int>(blockIdx.x) / p.gate_groups);
+    __syncthreads();
+    write_rows(p, plan, static_cast<int>(blockIdx.x) % p.gate_groups, blockIdx.x, work);
     return;
   }
-  const bool rows = block < row_blocks;
-  if (rows) SegmentPlan::put(&plan, p, static_cast<int>(block / p.gate_groups));
-  wait_for_previous_launch();
-  __syncthreads();
-  Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
-  const RowsMemory work(carver, p.staged, p.capacity);
-  if (rows) {
-    write_rows(p, plan, static_cast<int>(block % p.gate_groups), block, work);
-  } else {
-    block -= row_blocks;
-    const int64_t head = block / per_head;
-    copy_bank_slots<T>(p, head / p.kv_heads, static_cast<int>(head % p.kv_heads), static_cast<int>(block % per_head) * kWarps, work);
-  }
+  const int block = static_cast<int>(blockIdx.x) - row_blocks, parts = parts_of(p.exact_slots);
+  const int head = block / parts % p.kv_heads, n = block / parts / p.kv_heads, first = block % parts * kWarps;
+  find_sources(p, n, head, first, work, source_of);
+  const int slot = first + warp_id();
+  if (slot < p.exact_slots) copy_slot(p, ScanView<T>(p, n), head, p.window + slot, source_of[warp_id()], p.wide);
 }
 
-int64_t bank_blocks(const RetentionScan& p) { return p.sequences * p.kv_heads * ((p.exact_slots + kWarps - 1) / kWarps); }
+int64_t blocks(const RetentionScan& p) {
+  return p.segments * p.gate_groups + p.sequences * p.kv_heads * parts_of(p.exact_slots);
+}
 
 }  // namespace
 
 size_t retention_rows_workspace(const RetentionScan& p) {
   Carver sizes(nullptr);
-  RowsMemory(sizes, staged_lists(p), p.capacity);
-  return workspace_part(sizes.used(), p.segments * p.gate_groups + bank_blocks(p));
+  RowsMemory(sizes, staged_lists(p), p.capacity, p.segment_tokens);
+  return workspace_part(sizes.used(), blocks(p));
 }
 
 cudaError_t retention_rows(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
   RowsParams p{scan, staged_lists(scan), false};
   Carver sizes(nullptr);
-  RowsMemory(sizes, p.staged, p.capacity);
+  RowsMemory(sizes, p.staged, p.capacity, p.segment_tokens);
   p.block_bytes = sizes.used();
-  const int64_t ring = (p.sequences * p.kv_heads * p.window + kWarps - 1) / kWarps;
-  const dim3 grid(static_cast<unsigned>(p.segments * p.gate_groups + bank_blocks(p) + ring));
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     p.wide = wide_rows<T>(p);
-    return launch_behind(retention_rows_kernel<T>, grid, kThreads, shared_part(p.block_bytes), stream, p);
+    return launch(retention_rows_kernel<T>, dim3(static_cast<unsigned>(blocks(p))), kThreads, shared_part(p.block_bytes),
+                         stream, p);
   });
 }
 

@@ -22,6 +22,7 @@ struct RetentionScan : BankScanForward {
   int segment_tokens;  // evicted tokens of a segment
   int listed;          // of them the most that can be in a bank after it
   int64_t segments;
+  Divisor by_chunk, by_segment, by_window;  // segments in chunks
 
   uint64_t* token_key;      // (segments, R, segment_tokens) descending
   int32_t* token_id;        // (segments, R, segment_tokens) their identities, negative where nothing leaves yet
@@ -47,38 +48,42 @@ struct SequencePlan {
   int token0;       // its first token, over all sequences
   int row0;         // its first chunk row
   int chunks;       // chunk rows in use
+  int ring_slot;    // of the first new token
   int first_id;     // identity of the first token that the first chunk row would evict; negative where nothing leaves yet
   int64_t first;    // position of the first new token
   int64_t evicted;  // the first position that leaves the ring in this call
 
   __device__ static int row_start(const RetentionScan& p, int n) {
-    return static_cast<int>(p.cu_seqlens[n]) / p.chunk + 2 * n;
+    return p.by_chunk.quotient(static_cast<int>(p.cu_seqlens[n])) + 2 * n;
   }
   __device__ static SequencePlan of(const RetentionScan& p, int n) {
     SequencePlan plan;
     plan.number = n;
     plan.token0 = static_cast<int>(p.cu_seqlens[n]);
-    plan.row0 = plan.token0 / p.chunk + 2 * n;
+    plan.row0 = p.by_chunk.quotient(plan.token0) + 2 * n;
     const int length = static_cast<int>(p.cu_seqlens[n + 1]) - plan.token0;
     plan.first = p.tokens_seen[n];
-    const int64_t chunk = plan.first / p.chunk;
+    const int64_t chunk = p.by_chunk.quotient(plan.first);
     const int within = static_cast<int>(plan.first - chunk * p.chunk);
-    plan.chunks = length > 0 ? (within + length - 1) / p.chunk + 1 : 0;
+    plan.chunks = length > 0 ? p.by_chunk.quotient(within + length - 1) + 1 : 0;
+    plan.ring_slot = static_cast<int>(plan.first - p.by_window.quotient(plan.first) * p.window);
     const int64_t begins = (chunk + (within > 0)) * p.chunk - p.window;
     plan.evicted = begins > 0 ? begins : 0;
     plan.first_id = static_cast<int>(chunk * p.chunk - p.window - plan.evicted);
     return plan;
   }
-  __device__ int segment0(const RetentionScan& p) const { return row0 / p.segment_chunks + number; }
-  __device__ int segments(const RetentionScan& p) const { return (chunks + p.segment_chunks - 1) / p.segment_chunks; }
+  __device__ int segment0(const RetentionScan& p) const { return p.by_segment.quotient(row0) + number; }
+  __device__ int segments(const RetentionScan& p) const { return p.by_segment.quotient(chunks + p.segment_chunks - 1); }
   __device__ int64_t state_row(const RetentionScan& p, int group) const {
     return static_cast<int64_t>(number) * p.gate_groups + group;
   }
   // The end of the positions that have left the ring when the i-th chunk reads the banks; `evicted` or less if none has.
   __device__ int64_t evicted_end(const RetentionScan& p, int i) const { return evicted + first_id + (i + 1) * p.chunk; }
   __device__ int64_t last_end(const RetentionScan& p) const { return chunks > 0 ? evicted_end(p, chunks - 1) : 0; }
+  // Of a position that the ring holds or that is new.
   __device__ int source_of(const RetentionScan& p, int64_t position) const {
-    return static_cast<int>(position < first ? position % p.window : p.window + p.exact_slots + position - first);
+    const int ahead = static_cast<int>(position - first), slot = ring_slot + ahead;
+    return ahead >= 0 ? p.window + p.exact_slots + ahead : slot < 0 ? slot + p.window : slot;
   }
   __device__ int source_of_id(const RetentionScan& p, int id) const {
     return id >= 0 ? source_of(p, evicted + id) : id == -1 ? -1 : p.window + p.num_sinks - 2 - id;
@@ -99,7 +104,7 @@ struct SegmentPlan {
   __device__ static SegmentPlan of(const RetentionScan& p, int segment) {
     SegmentPlan plan;
     plan.sequence = SequencePlan::of(p, find_sequence_together(p.sequences, segment, [&](int n) {
-      return SequencePlan::row_start(p, n) / p.segment_chunks + n;
+      return p.by_segment.quotient(SequencePlan::row_start(p, n)) + n;
     }));
     const int next = plan.sequence.number + 1;
     plan.begin = (segment - plan.sequence.segment0(p)) * p.segment_chunks;
@@ -115,18 +120,19 @@ struct SegmentPlan {
     if (lane_id() == 0) *to = plan;
   }
   // Segments of the sequence before this one.
-  __device__ int before(const RetentionScan& p) const { return begin / p.segment_chunks; }
+  __device__ int before(const RetentionScan& p) const { return p.by_segment.quotient(begin); }
   __device__ bool last() const { return begin + used == sequence.chunks; }
 };
 
-inline RetentionScan::RetentionScan(const BankScanForward& p) : BankScanForward(p) {
+inline RetentionScan::RetentionScan(const BankScanForward& p) : BankScanForward(p), by_chunk(p.chunk), by_segment(1), by_window(p.window) {
   capacity = p.exact_slots - p.num_sinks;
   // About 16 segments to a sequence that has all tokens: each begins with a merge of the lists of those before it. Short ones would
   // list all of their tokens, long ones need much memory for a block.
-  constexpr int64_t kSegments = 16, kLeastTokens = 128, kMostTokens = 1024;
+  constexpr int64_t kSegments = 16, kLeastTokens = 256, kMostTokens = 1024;
   const int64_t target = std::min(std::max({p.tokens / kSegments, static_cast<int64_t>(capacity), kLeastTokens}), kMostTokens);
   segment_chunks = static_cast<int>(std::max<int64_t>(target / p.chunk, 1));
   segment_tokens = segment_chunks * p.chunk;
+  by_segment = Divisor(segment_chunks);
   listed = capacity < segment_tokens ? capacity : segment_tokens;
   segments = tile_bound(p.chunk_rows, p.sequences, segment_chunks);
   const int64_t tokens = segments * p.gate_groups * segment_tokens, entries = segments * p.gate_groups * capacity,
@@ -164,18 +170,16 @@ __device__ inline uint64_t ordered_key(double key) {
   return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
 
-// How many entries of a descending list are greater than key. Quarter by quarter, and as many steps for every thread: a block that is
-// alone on its multiprocessor waits for each load.
+// How many entries of a descending list are greater than key. In as few instructions as can be, here and in what follows: a block runs
+// through its code once, and fetching that takes longer than running it.
 __device__ inline int count_above(const uint64_t* list, int count, uint64_t key) {
-  const uint64_t* from = list;
-  while (count > 4) {
-    const int quarter = count / 4;
-    from += quarter * ((from[quarter - 1] > key) + (from[2 * quarter - 1] > key) + (from[3 * quarter - 1] > key));
-    count -= 3 * quarter;
+  int above = 0;
+#pragma unroll 1
+  for (int step = count > 0 ? 1 << (31 - __clz(count)) : 0; step > 0; step /= 2) {
+    const int next = above + step;
+    const uint64_t entry = list[min(next, count) - 1];  // no branch before it
+    above = (next <= count) & (entry > key) ? next : above;
   }
-  int above = static_cast<int>(from - list);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) above += i < count && from[i] > key;
   return above;
 }
 

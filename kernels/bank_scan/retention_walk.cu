@@ -13,6 +13,7 @@ struct RankedSet {
   // One warp; the bits are set.
   __device__ void count(int words) const {
     int total = 0;
+#pragma unroll 1
     for (int base = 0; base < words; base += kWarp) {
       const int w = base + lane_id(), mine = w < words ? __popc(member[w]) : 0;
       int sum = mine;
@@ -72,81 +73,83 @@ struct WalkMemory : SegmentMemory {
   __device__ RankedSet arrivals() const { return {arrival_member, arrival_before}; }
 };
 
-// Lists of the best tokens of segments, two buffers of them; where WalkMemory has its own arrays, which come later.
+// Lists of the best tokens of segments, two rows of them; where WalkMemory has its own arrays, which come later.
 struct MergeMemory : SegmentMemory {
-  int at_once;  // lists, several only where each is as long as a bank
-  uint64_t *list, *other_list;  // (at_once, listed)
-  int *id, *other_id;           // (at_once, listed)
+  int at_once;  // lists of a row, several only where each is as long as a bank
+  uint64_t* list;  // (2, at_once, listed)
+  int* id;         // (2, at_once, listed)
 
   __host__ __device__ MergeMemory(Carver& carver, int capacity, int tokens, int listed)
       : SegmentMemory(carver, capacity, tokens), at_once(listed == capacity ? kListsAtOnce : 1),
-        list(carver.take<uint64_t>(at_once * listed)), other_list(carver.take<uint64_t>(at_once * listed)),
-        id(carver.take<int>(at_once * listed)), other_id(carver.take<int>(at_once * listed)) {}
-
-  __device__ void swap() {
-    uint64_t* const lists = list;
-    int* const ids = id;
-    list = other_list;
-    id = other_id;
-    other_list = lists;
-    other_id = ids;
-  }
+        list(carver.take<uint64_t>(2 * at_once * listed)), id(carver.take<int>(2 * at_once * listed)) {}
 };
 
-// Merges each two neighbours of a row of lists into the best `length` of both, the last one alone where their number is odd. Between
-// equal keys what comes from the later list wins: the later token, or a token over a free slot.
-__device__ inline void merge_neighbours(const uint64_t* key, const int* id, int lists, int length, uint64_t* to_key, int* to_id) {
+// Merges each two neighbours of the row of lists at `from` into the best `length` of both, at `to`, the last one alone where their
+// number is odd. Between equal keys what comes from the later list wins: the later token.
+__device__ inline void merge_neighbours(const MergeMemory& work, int from, int to, int lists, int length) {
   const int parts = words_of(length);
-  for (int unit = warp_id(); unit < lists * parts; unit += warp_count()) {
-    const int list = unit / parts, other = list ^ 1, i = unit % parts * kWarp + lane_id();
-    if (i >= length) continue;
-    const uint64_t mine = key[list * length + i];
-    const int rank = other < lists ? i + count_above(key + other * length, length, list & 1 ? mine : mine - 1) : i;
-    if (rank >= length) continue;
-    to_key[list / 2 * length + rank] = mine;
-    to_id[list / 2 * length + rank] = id[list * length + i];
+  int list = warp_id() / parts, part = warp_id() % parts;
+#pragma unroll 1
+  while (list < lists) {
+    const int i = part * kWarp + lane_id(), at = from + list * length + i;
+    if (i < length) {
+      const uint64_t mine = work.list[at];
+      const int other = list ^ 1, shift = list & 1 ? 0 : 1;
+      const int rank = i + count_above(work.list + from + other * length, other < lists ? length : 0, mine - shift);
+      if (rank < length) {
+        work.list[to + (list >> 1) * length + rank] = mine;
+        work.id[to + (list >> 1) * length + rank] = work.id[at];
+      }
+    }
+    part += warp_count();
+#pragma unroll 1
+    for (; part >= parts; part -= parts) ++list;
   }
 }
 
 // Finds the bank before the segment: the best of what the sequence came with and of the lists of all segments before. Brings the
 // segment's own tokens meanwhile. Returns where in work.bank it is.
-__device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan, int group, MergeMemory work) {
+__device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan, int group, const MergeMemory& work) {
   const int capacity = p.capacity, tokens = p.segment_tokens, listed = p.listed, before = plan.before(p);
   const int64_t row = blockIdx.x, carried = plan.sequence.state_row(p, group) * capacity;
-  for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-    bring(p, work.key + i, p.token_key + row * tokens + i);
-    bring(p, work.token + i, p.token_id + row * tokens + i);
-  }
+#pragma unroll 1
   for (int e = threadIdx.x; e < capacity; e += blockDim.x) {
     bring(p, work.bank + e, p.carried_key + carried + e);
     bring(p, work.bank_id + e, p.carried_id + carried + e);
   }
   int now = 0;
+#pragma unroll 1
   for (int s = 0; s < before; s += work.at_once) {
-    int count = min(work.at_once, before - s);
+    int count = listed > 0 ? min(work.at_once, before - s) : 0;
+#pragma unroll 1
     for (int l = warp_id(); l < count; l += warp_count()) {
       const int64_t from = (row - static_cast<int64_t>(before - s - l) * p.gate_groups) * tokens;
+#pragma unroll 1
       for (int i = lane_id(); i < listed; i += kWarp) {
         bring(p, work.list + l * listed + i, p.token_key + from + i);
         bring(p, work.id + l * listed + i, p.token_id + from + i);
       }
     }
     wait_brought();
+    int from = 0, to = work.at_once * listed;
+#pragma unroll 1
     for (; count > 1; count = (count + 1) / 2) {
-      merge_neighbours(work.list, work.id, count, listed, work.other_list, work.other_id);
+      merge_neighbours(work, from, to, count, listed);
       __syncthreads();
-      work.swap();
+      from = work.at_once * listed - from;
+      to = work.at_once * listed - to;
     }
-    const uint64_t* bank = work.bank + now;
-    const int* bank_id = work.bank_id + now;
     const int next = capacity - now;
+#pragma unroll 1
     for (int e = threadIdx.x; e < capacity + listed; e += blockDim.x) {
       const int i = e - capacity;
-      const uint64_t mine = i < 0 ? bank[e] : work.list[i];
-      const int rank = i < 0 ? e + count_above(work.list, listed, mine - 1) : i + count_above(bank, capacity, mine);
+      const uint64_t mine = i < 0 ? work.bank[now + e] : work.list[from + i];
+      const int id = i < 0 ? work.bank_id[now + e] : work.id[from + i];
+      // Between equal keys the later token wins, and that is the one from the lists.
+      const int rank = i < 0 ? e + count_above(work.list + from, listed, mine - 1) : i + count_above(work.bank + now, capacity, mine);
       if (rank >= capacity) continue;
       work.bank[next + rank] = mine;
-      work.bank_id[next + rank] = i < 0 ? bank_id[e] : work.id[i];
+      work.bank_id[next + rank] = id;
     }
     __syncthreads();
     now = next;
@@ -159,57 +162,64 @@ __device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan,
 __global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ SegmentPlan plan;
-  let_next_launch_come();
   const int group = static_cast<int>(blockIdx.x) % p.gate_groups;
   SegmentPlan::put(&plan, p, static_cast<int>(blockIdx.x) / p.gate_groups);
-  wait_for_previous_launch();
-  __syncthreads();
-  if (plan.used == 0) return;
   const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
-  const int entries = capacity + tokens, first_id = plan.sequence.first_id + plan.begin * chunk;
+  const int entries = capacity + tokens;
   const int64_t row = blockIdx.x;
   with_block_memory(p, shared, [&](Carver& carver) {
     Carver again = carver;
-    const int now = find_bank(p, plan, group, MergeMemory(again, capacity, tokens, p.listed));
     const WalkMemory work(carver, capacity, tokens, chunks);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {  // while the plan is made
+      bring(p, work.key + i, p.token_key + row * tokens + i);
+      bring(p, work.token + i, p.token_id + row * tokens + i);
+    }
+    __syncthreads();
+    if (plan.used == 0) return;
+    const int first_id = plan.sequence.first_id + plan.begin * chunk;
+    const int now = find_bank(p, plan, group, MergeMemory(again, capacity, tokens, p.listed));
     const uint64_t* bank = work.bank + now;
     const int* bank_id = work.bank_id + now;
     // Between equal keys the later token comes first.
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int i = e - capacity;
       const int place = i < 0 ? e + count_above(work.key, tokens, bank[e] - 1) : i + count_above(bank, capacity, work.key[i]);
       work.place[e] = place;
-      work.born[place] = i < 0 ? 0 : (work.token[i] -= first_id) / chunk;
+      work.born[place] = i < 0 ? 0 : p.by_chunk.quotient(work.token[i] -= first_id);
     }
     __syncthreads();
+#pragma unroll 1
     for (int w = warp_id(); w < work.words; w += warp_count()) {
       const int place = 32 * w + lane_id();
       const int born = place < entries ? work.born[place] : chunks;
-#pragma unroll 1  // registers
+#pragma unroll 4
       for (int b = 0; b < chunks; ++b) {
         const unsigned mask = __ballot_sync(kAllLanes, born <= b);
         if (lane_id() == 0) work.come(b).member[w] = mask;
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(work.words);
     __syncthreads();
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : work.token[i] / chunk;
-      int low = born, high = chunks;
-      while (low < high) {
-        const int b = (low + high) / 2;
-        if (work.come(b).below(place) >= capacity) {
-          high = b;
-        } else {
-          low = b + 1;
-        }
+      const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : p.by_chunk.quotient(work.token[i]);
+      int low = born;  // the first chunk from then on that finds the bank full with better ones
+#pragma unroll 1
+      for (int step = 1 << (31 - __clz(chunks)); step > 0; step /= 2) {
+        const int next = low + step;
+        const bool held = work.come(min(next, chunks) - 1).below(place) < capacity;
+        low = (next <= chunks) & held ? next : low;
       }
       const bool arrives = i >= 0 && low > born;
       if (i >= 0) work.arrives[work.token[i]] = arrives;
       work.stay[e] = {i < 0 || arrives ? low : 0, low > 0 ? work.come(low - 1).below(place) : e};
     }
     __syncthreads();
+#pragma unroll 1
     for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
       const int c = 32 * w + lane_id();
       const unsigned mask = __ballot_sync(kAllLanes, c < tokens && work.arrives[c]);
@@ -221,6 +231,7 @@ __global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionSc
     __syncthreads();
     // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of
     // the segment, if what leaves is numbered on from chunk to chunk.
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int2 stay = work.stay[e];
       if (stay.x < chunks && (e < capacity || stay.x > 0)) {
@@ -228,6 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionSc
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int2 stay = work.stay[e];
       const int i = e - capacity;
@@ -264,8 +276,8 @@ size_t retention_walk_workspace(const RetentionScan& p) { return workspace_part(
 cudaError_t retention_walk(const RetentionScan& scan, cudaStream_t stream) {
   RetentionScan p = scan;
   p.block_bytes = block_bytes(scan);
-  return launch_behind(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), kThreads,
-                       shared_part(p.block_bytes), stream, p);
+  return launch(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), kThreads,
+                shared_part(p.block_bytes), stream, p);
 }
 
 }  // namespace coda::kernels

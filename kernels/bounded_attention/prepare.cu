@@ -29,6 +29,7 @@ __device__ inline void widen_block(const void* from, void* to, int64_t block, in
 template <class T>
 __device__ inline void bank_key(T* to, const T* from, int dim, bool turns, int64_t position, const double* inv_freq, bool interleaved) {
   using A = acc_t<T>;
+#pragma unroll 1
   for (int base = lane_id() % kLanes; base < dim / 2; base += kLanes * kPairs) {
     A a[kPairs], b[kPairs];
 #pragma unroll
@@ -48,54 +49,53 @@ __device__ inline void bank_key(T* to, const T* from, int dim, bool turns, int64
   }
 }
 
-// The first blocks widen lam and theta. Then a block for each chunk row and gate group: it finds which tokens its slots hold that the
-// row before did not, and brings their keys into the form of the bank. A token fills a slot once, so each comes about once.
+// The first blocks widen lam and theta. Then a warp for each chunk row, gate group and share of the slots: it finds which tokens they
+// hold that the row before did not, and brings their keys into the form of the bank. A token fills a slot once, so each comes about
+// once. What comes in one chunk tends to lie in slots side by side, so a share takes every parts-th slot.
 template <class T>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareParams p) {
-  __shared__ int arrived[kThreads];
-  __shared__ int arrivals;
-  let_next_launch_come();
-  wait_for_previous_launch();
   int64_t block = blockIdx.x;
   if (block < p.lam_blocks) return widen_block<T>(p.narrow_lam, p.wide_lam, block, p.tokens * p.heads);
   block -= p.lam_blocks;
   if (block < p.theta_blocks) return widen_block<T>(p.narrow_theta, p.wide_theta, block, static_cast<int64_t>(p.heads) * (p.dim / 2));
   block -= p.theta_blocks;
-  const int64_t row = block / p.gate_groups;
-  const int group = static_cast<int>(block % p.gate_groups), heads = p.gate_groups == 1 ? p.kv_heads : 1;
-  const int n = find_sequence_together(p.sequences, row, [&](int m) { return p.cu_seqlens[m] / p.chunk + 2 * m; });
-  const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk);
-  const int held = p.window + p.exact_slots;
-  const int32_t* index = p.index + block * p.exact_slots;
-  for (int slot0 = 0; slot0 < p.exact_slots; slot0 += kThreads) {
-    const int slot = slot0 + static_cast<int>(threadIdx.x);
-    int source = -1, before = -1;
-    if (slot < p.exact_slots) {
-      source = index[slot];
-      if (row > span.row0) before = index[slot - static_cast<int64_t>(p.gate_groups) * p.exact_slots];
-    }
-    if (threadIdx.x == 0) arrivals = 0;
-    __syncthreads();
-    const bool arrives = source >= 0 && source != before;
-    const unsigned mask = __ballot_sync(kAllLanes, arrives);
-    int at = 0;
-    if (mask != 0 && lane_id() == 0) at = atomicAdd(&arrivals, __popc(mask));
-    at = __shfl_sync(kAllLanes, at, 0) + __popc(mask & ((1u << lane_id()) - 1));
-    if (arrives) arrived[at] = source;
-    __syncthreads();
-    const int rows = arrivals * heads;
-    for (int i = threadIdx.x / kLanes; i < rows; i += kThreads / kLanes) {
-      const int from = arrived[i / heads], kv_head = p.gate_groups == 1 ? i % heads : group;
-      const bool fresh = from >= held;
-      const int64_t at_row = fresh ? (span.token0 + from - held) * p.kv_heads + kv_head
-                                   : (static_cast<int64_t>(n) * p.kv_heads + kv_head) * held + from;
-      const int64_t position = fresh ? span.first + from - held : ring_position(span.first, from, p.window);
-      const void* rows_from = fresh ? p.k : p.state_k;
-      void* rows_to = fresh ? p.new_kbar : p.new_state_kbar;
+  const int parts = (p.exact_slots + kLanes - 1) / kLanes, warp = static_cast<int>(block) * (kThreads / kWarp) + warp_id();
+  const int at = warp / parts, row = at / p.gate_groups, group = at % p.gate_groups;
+  if (row >= p.chunk_rows) return;
+  const int slot = warp % parts + lane_id() % kLanes * parts;
+  // Half of the lanes look at this row, half at the one before.
+  const bool earlier = lane_id() >= kLanes;
+  int source = -1;
+  if (slot < p.exact_slots && (!earlier || row > 0)) {
+    source = p.index[static_cast<int64_t>(at - (earlier ? p.gate_groups : 0)) * p.exact_slots + slot];
+  }
+  const int n = find_sequence_together(p.sequences, row, [&](int m) { return static_cast<int>(p.cu_seqlens[m]) / p.chunk + 2 * m; });
+  const int token0 = static_cast<int>(p.cu_seqlens[n]), held = p.window + p.exact_slots;
+  const int64_t first = p.tokens_seen[n];
+  const int before = __shfl_xor_sync(kAllLanes, source, kLanes);
+  const bool begins = row == token0 / p.chunk + 2 * n;
+  unsigned arrivals = __ballot_sync(kAllLanes, !earlier && source >= 0 && (begins || source != before));
+  const int heads = p.gate_groups == 1 ? p.kv_heads : 1;
+#pragma unroll 1
+  for (; arrivals != 0; arrivals &= arrivals - 1) {
+    const int one = __ffs(arrivals) - 1;
+    const bool pair = heads == 1 && (arrivals & (arrivals - 1)) != 0;  // else both halves of the warp have the same token
+    if (pair) arrivals &= arrivals - 1;
+    const int other = __ffs(arrivals) - 1;
+    const int from = __shfl_sync(kAllLanes, source, earlier ? other : one);
+    const bool fresh = from >= held;
+    const int64_t position = fresh ? first + from - held : ring_position(first, from, p.window);
+    const void* rows_from = fresh ? p.k : p.state_k;
+    void* rows_to = fresh ? p.new_kbar : p.new_state_kbar;
+#pragma unroll 1
+    for (int h = pair ? 0 : earlier; h < heads; h += pair ? 1 : 2) {
+      const int head = p.gate_groups == 1 ? h : group;
+      const int64_t at_row = fresh ? static_cast<int64_t>(token0 + from - held) * p.kv_heads + head
+                                   : (static_cast<int64_t>(n) * p.kv_heads + head) * held + from;
       bank_key(static_cast<T*>(rows_to) + at_row * p.dim, static_cast<const T*>(rows_from) + at_row * p.dim, p.dim,
                fresh || from < p.window, position, p.inv_freq, p.rope_interleaved);
     }
-    __syncthreads();
+    __syncwarp();
   }
 }
 
@@ -105,9 +105,10 @@ cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DTy
   const auto blocks = [](const void* from, int64_t count) { return from ? (count + kWidened - 1) / kWidened : 0; };
   const PrepareParams p{params, blocks(params.narrow_lam, params.tokens * params.heads),
                         blocks(params.narrow_theta, static_cast<int64_t>(params.heads) * (params.dim / 2))};
-  const int64_t rows = params.new_kbar ? params.chunk_rows * params.gate_groups : 0;
+  const int64_t warps = params.new_kbar ? params.chunk_rows * params.gate_groups * ((params.exact_slots + kLanes - 1) / kLanes) : 0;
+  const int64_t rows = (warps + kThreads / kWarp - 1) / (kThreads / kWarp);
   return dispatch(dtype, [&](auto zero) {
-    return launch_behind(prepare_kernel<decltype(zero)>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads, 0,
+    return launch(prepare_kernel<decltype(zero)>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads, 0,
                          stream, p);
   });
 }

@@ -38,43 +38,6 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
   return cudaGetLastError();
 }
 
-// A launch that need not wait for the one before it in the stream to end (programmatic dependent launch, from compute capability 9.0
-// on): its blocks come as soon as all blocks of that one have called let_next_launch_come or ended, and call
-// wait_for_previous_launch before they touch what it writes. Every kernel in such a row waits somewhere, or one of its blocks does,
-// so that a launch which has ended has all before it behind it; and the first of a row lets no launch come before it has waited.
-template <class Params>
-cudaError_t launch_behind(void (*kernel)(Params), dim3 grid, int threads, size_t shared, cudaStream_t stream, const Params& params) {
-  if (device_capability() < 90) return launch(kernel, grid, threads, shared, stream, params);
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (shared > 48 * 1024) {
-    const auto status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
-  cudaLaunchAttribute behind{};
-  behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  behind.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &behind;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-__device__ inline void wait_for_previous_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ inline void let_next_launch_come() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // Calls f with a value of the storage type.
 template <class F>
 cudaError_t dispatch(DType dtype, F f) {
