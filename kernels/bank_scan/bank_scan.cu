@@ -19,13 +19,9 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) copy_new_state_kernel(CopyP
   const int slot = static_cast<int>(blockIdx.y) * kWarps + warp_id(), head = static_cast<int>(blockIdx.x % p.kv_heads);
   if (slot >= p.window + p.exact_slots) return;
   const int64_t n = blockIdx.x / p.kv_heads;
-  int from = slot;
-  if (slot >= p.window) {  // before the view: two loads at once
-    from = p.source[(n * p.gate_groups + (p.gate_groups == 1 ? 0 : head)) * p.exact_slots + slot - p.window];
-    if (from < 0) from = slot;
-  }
-  const ScanView<T> view(p, n);
-  copy_slot(p, view, head, slot, slot < p.window ? ring_source(view, slot) : from, p.wide);
+  if (slot < p.window) return copy_ring_slots(p, ScanView<T>(p, n), head, slot, 1, p.wide);
+  const int from = p.source[(n * p.gate_groups + (p.gate_groups == 1 ? 0 : head)) * p.exact_slots + slot - p.window];
+  copy_slots<T, true>(p, ScanView<T>(p, n), head, slot, 1, [&](int) { return from < 0 ? slot : from; }, p.wide);
 }
 
 // The banks that clusters serve on this device.

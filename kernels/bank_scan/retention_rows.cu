@@ -8,7 +8,8 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr size_t kStagedLimit = 16 * 1024;
 
 struct RowsParams : RetentionScan {
-  int staged;  // segments whose rank_after is read at once
+  int staged;    // segments whose rank_after is read at once
+  int per_warp;  // exact slots of the new state
   bool wide;
 };
 
@@ -99,8 +100,8 @@ __device__ inline void write_rows(const RowsParams& p, const SegmentPlan& plan, 
   }
 }
 
-// The sources of the exact slots [slot0, slot0 + kWarps) of one KV head, which the new state gets. The whole block.
-__device__ inline void find_sources(const RowsParams& p, int n, int head, int slot0, const RowsMemory& work, int* source_of) {
+// The sources of the exact slots [slot0, end) of one KV head, which the new state gets. The whole block.
+__device__ inline void find_sources(const RowsParams& p, int n, int head, int slot0, int end, const RowsMemory& work, int* source_of) {
   const int group = p.gate_groups == 1 ? 0 : head, sinks = p.num_sinks;
   const auto plan = SequencePlan::of(p, n);
   const int64_t state = plan.state_row(p, group);
@@ -111,27 +112,29 @@ __device__ inline void find_sources(const RowsParams& p, int n, int head, int sl
     p.source[state * p.exact_slots + slot] = source;
     p.new_exact_pos[state * p.exact_slots + slot] = position;
   };
-  if (threadIdx.x < kWarps && j < sinks) {
+  if (j < min(end, sinks)) {
     const int source = plan.sink_source(p, group, j, plan.last_end(p));
     put(j, source, source < 0 ? -1 : j);
   }
   const int32_t* ids = (count > 0 ? p.last_id : p.carried_id) + state * p.capacity;
   follow_slots(p, work.staged, state, static_cast<int64_t>(plan.segment0(p)) * p.gate_groups + group, count, slot0 - sinks,
-               min(slot0 + kWarps, p.exact_slots) - sinks, [&](int slot, int rank) {
+               end - sinks, [&](int slot, int rank) {
                  const int id = ids[rank];
                  put(sinks + slot, plan.source_of_id(p, id),
                      id >= 0 ? plan.evicted + id : id == -1 ? -1 : p.exact_pos[state * p.exact_slots + sinks - 2 - id]);
                });
 }
 
-__host__ __device__ inline int parts_of(int slots) { return (slots + kWarps - 1) / kWarps; }
+__host__ __device__ inline int parts_of(const RowsParams& p) {
+  return (p.exact_slots + kWarps * p.per_warp - 1) / (kWarps * p.per_warp);
+}
 
-// The first blocks write the rows of the index, the others the exact slots of the new state, a warp a slot of a KV head.
+// The first blocks write the rows of the index, the others the exact slots of the new state.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) retention_rows_kernel(RowsParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ SegmentPlan plan;
-  __shared__ int source_of[kWarps];
+  __shared__ int source_of[kWarps * kSlotsAtOnce];
   const int row_blocks = static_cast<int>(p.segments) * p.gate_groups;
   Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
   const RowsMemory work(carver, p.staged, p.capacity, p.segment_tokens);
@@ -141,30 +144,33 @@ __global__ void __launch_bounds__(kThreads, 4) retention_rows_kernel(RowsParams 
     write_rows(p, plan, static_cast<int>(blockIdx.x) % p.gate_groups, blockIdx.x, work);
     return;
   }
-  const int block = static_cast<int>(blockIdx.x) - row_blocks, parts = parts_of(p.exact_slots);
-  const int head = block / parts % p.kv_heads, n = block / parts / p.kv_heads, first = block % parts * kWarps;
-  find_sources(p, n, head, first, work, source_of);
-  const int slot = first + warp_id();
-  if (slot < p.exact_slots) copy_slot(p, ScanView<T>(p, n), head, p.window + slot, source_of[warp_id()], p.wide);
+  const int block = static_cast<int>(blockIdx.x) - row_blocks, parts = parts_of(p);
+  const int head = block / parts % p.kv_heads, n = block / parts / p.kv_heads, first = block % parts * kWarps * p.per_warp;
+  find_sources(p, n, head, first, min(first + kWarps * p.per_warp, p.exact_slots), work, source_of);
+  const int mine = warp_id() * p.per_warp, slot = first + mine;
+  if (slot >= p.exact_slots) return;
+  copy_slots<T, true>(p, ScanView<T>(p, n), head, p.window + slot, min(p.per_warp, p.exact_slots - slot),
+                      [&](int i) { return source_of[mine + i]; }, p.wide);
 }
 
-int64_t blocks(const RetentionScan& p) {
-  return p.segments * p.gate_groups + p.sequences * p.kv_heads * parts_of(p.exact_slots);
+int64_t blocks(const RowsParams& p) { return p.segments * p.gate_groups + p.sequences * p.kv_heads * parts_of(p); }
+RowsParams with_plan(const RetentionScan& scan) {
+  RowsParams p{scan, staged_lists(scan), slots_of_warp(scan), false};
+  Carver sizes(nullptr);
+  RowsMemory(sizes, p.staged, p.capacity, p.segment_tokens);
+  p.block_bytes = sizes.used();
+  return p;
 }
 
 }  // namespace
 
-size_t retention_rows_workspace(const RetentionScan& p) {
-  Carver sizes(nullptr);
-  RowsMemory(sizes, staged_lists(p), p.capacity, p.segment_tokens);
-  return workspace_part(sizes.used(), blocks(p));
+size_t retention_rows_workspace(const RetentionScan& scan) {
+  const auto p = with_plan(scan);
+  return workspace_part(p.block_bytes, blocks(p));
 }
 
 cudaError_t retention_rows(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
-  RowsParams p{scan, staged_lists(scan), false};
-  Carver sizes(nullptr);
-  RowsMemory(sizes, p.staged, p.capacity, p.segment_tokens);
-  p.block_bytes = sizes.used();
+  auto p = with_plan(scan);
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     p.wide = wide_rows<T>(p);

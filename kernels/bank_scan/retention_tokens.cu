@@ -7,9 +7,10 @@ namespace {
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 constexpr int kShares = 4;  // lanes that look for the rank of one entry of a carried bank
 
-__host__ __device__ inline int parts_of(int slots) { return (slots + kWarps - 1) / kWarps; }
+__host__ __device__ inline int parts_of(int slots, int per_warp) { return (slots + kWarps * per_warp - 1) / (kWarps * per_warp); }
 
 struct TokensParams : RetentionScan {
+  int per_warp;  // slots of the ring
   bool wide;
 };
 
@@ -131,7 +132,7 @@ struct SegmentTokens {
 };
 
 // The first blocks order the banks that sequences came with, then come those that order the tokens that leave the ring in a segment.
-// The last ones copy the ring into the new state, a warp a slot of a KV head, while there is room beside the others.
+// The last ones copy the ring into the new state, while there is room beside the others.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(TokensParams p) {
   using A = acc_t<T>;
@@ -141,11 +142,9 @@ __global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(TokensPar
   int block = static_cast<int>(blockIdx.x);
   if (block >= states + cuts) {
     block -= states + cuts;
-    const int parts = parts_of(p.window), slot = block % parts * kWarps + warp_id(), row = block / parts;
-    const int head = row % p.kv_heads;
+    const int parts = parts_of(p.window, p.per_warp), slot = (block % parts * kWarps + warp_id()) * p.per_warp, row = block / parts;
     if (slot >= p.window) return;
-    const ScanView<T> view(p, row / p.kv_heads);
-    copy_slot(p, view, head, slot, ring_source(view, slot), p.wide);
+    copy_ring_slots(p, ScanView<T>(p, row / p.kv_heads), row % p.kv_heads, slot, min(p.per_warp, p.window - slot), p.wide);
     return;
   }
   const int group = block % p.gate_groups;
@@ -177,9 +176,9 @@ size_t retention_tokens_workspace(const RetentionScan& p) {
 }
 
 cudaError_t retention_tokens(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
-  TokensParams p{scan, false};
+  TokensParams p{scan, slots_of_warp(scan), false};
   p.block_bytes = block_bytes(scan);
-  const dim3 grid(static_cast<unsigned>(scan_blocks(p) + p.sequences * p.kv_heads * parts_of(p.window)));
+  const dim3 grid(static_cast<unsigned>(scan_blocks(p) + p.sequences * p.kv_heads * parts_of(p.window, p.per_warp)));
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     p.wide = wide_rows<T>(p);
