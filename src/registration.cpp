@@ -66,6 +66,8 @@ TORCH_LIBRARY(coda, m) {
         "Tensor? cu_seqlens, Tensor[] state, Tensor? eta_logit, Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", "
         CODA_ATTENTION_SCHEMA ", int segment=32768) -> (Tensor y, Tensor[] new_state)");
 
+  m.def("_clear_state_(Tensor(a!)[] state) -> ()");
+
   m.def("decode_step_(Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, Tensor? norm_weight, Tensor gate, "
         "Tensor(a!)[] state, Tensor? eta_logit, Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", " CODA_ATTENTION_SCHEMA
         ") -> Tensor");

@@ -1,6 +1,7 @@
 #include <coda/state.h>
 
 #include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 namespace coda {
 
@@ -26,16 +27,20 @@ State make_state(int64_t sequences, int64_t num_kv_heads, int64_t head_dim, int6
   const auto wide = kv_options.dtype(kv_options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
   const auto index = kv_options.dtype(at::kLong);
   const auto slots = window + exact_slots;
-  return {at::zeros({sequences, num_kv_heads, slots, head_dim}, kv_options),
-          at::zeros({sequences, num_kv_heads, slots, head_dim}, kv_options),
-          at::zeros({sequences, gate_groups, slots}, wide),
-          at::full({sequences, gate_groups, exact_slots}, -1, index),
-          at::zeros({sequences}, index),
-          at::zeros({sequences, novelty_lru ? exact_slots : 0}, index),
-          at::zeros({sequences, 2}, index),
-          at::zeros({sequences, num_kv_heads, summary_slots, head_dim}, wide),
-          at::zeros({sequences, num_kv_heads, summary_slots, head_dim}, wide),
-          at::zeros({sequences, summary_slots}, wide)};
+  const State state{at::empty({sequences, num_kv_heads, slots, head_dim}, kv_options),
+                    at::empty({sequences, num_kv_heads, slots, head_dim}, kv_options),
+                    at::empty({sequences, gate_groups, slots}, wide),
+                    at::empty({sequences, gate_groups, exact_slots}, index),
+                    at::empty({sequences}, index),
+                    at::empty({sequences, novelty_lru ? exact_slots : 0}, index),
+                    at::empty({sequences, 2}, index),
+                    at::empty({sequences, num_kv_heads, summary_slots, head_dim}, wide),
+                    at::empty({sequences, num_kv_heads, summary_slots, head_dim}, wide),
+                    at::empty({sequences, summary_slots}, wide)};
+  static const auto clear =
+      c10::Dispatcher::singleton().findSchemaOrThrow("coda::_clear_state_", "").typed<void(at::TensorList)>();
+  clear.call(state.tensors());
+  return state;
 }
 
 }  // namespace coda

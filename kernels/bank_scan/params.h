@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/dtype.h"
+
 namespace coda::kernels {
 
 // The memory of packed sequences over their new tokens. A stands for the accumulation type, float or, for kFloat64, double. T counts
@@ -51,11 +53,13 @@ struct BankScanForward : BankScanParams {
   void* new_gate;          // out (N, R, W + Me) A
   int64_t* new_exact_pos;  // out (N, R, Me)
   int64_t* new_last_touch;  // out (N, Me)
-  int64_t* new_counts;      // in, out (N, 2): the old counts before
+  int64_t* new_counts;      // out (N, 2); with the novelty policy and without exact slots the old counts before
   void* new_summary_k;      // out (N, Hkv, Ms, D) A
   void* new_summary_v;      // out (N, Hkv, Ms, D) A
   void* new_summary_mass;   // out (N, Ms) A
   void* workspace;          // bank_scan_workspace bytes
+  const int64_t* counts;    // (N, 2)
+  int64_t* new_tokens_seen;  // out (N)
 };
 
 struct BankScanBackward : BankScanParams {
@@ -92,7 +96,7 @@ struct RouteExactBankParams {
   double tau_exact, tau_novel, tau_match;
   bool refresh_on_hit;
   const void* value;             // (B, Hkv, T, D)
-  const double* gate;            // (B, T), in [0, 1]
+  const void* gate;              // (B, T) of gate_dtype, in [0, 1]
   const int64_t* position;       // (B, T)
   const void* bank_value;        // (B, Hkv, Me, D)
   const bool* used;              // (B, Me)
@@ -101,6 +105,7 @@ struct RouteExactBankParams {
   int64_t* action;               // out (B, T): 0 skip, 1 insert, 2 touch, 3 refresh
   int64_t* new_last_touch;       // out (B, Me)
   void* workspace;               // route_exact_bank_workspace bytes
+  DType gate_dtype;
 };
 
 }  // namespace coda::kernels

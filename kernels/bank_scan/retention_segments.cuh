@@ -6,37 +6,38 @@
 #include "retention.cuh"
 #include "scan_view.cuh"
 
+#include <algorithm>
+
+#include <cuda_pipeline_primitives.h>
+
 namespace coda::kernels {
 
-constexpr int kSegmentTokens = 512;
-
-struct SegmentPlan;
-
 // The retention scan cut into segments of some chunks each (README.md). Sequence n owns the segments from
-// row0 / segment_chunks + n on, and the banks from row0 / segment_chunks + 2 n on, one before each of its segments and one after
-// the last. A bank holds `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries have identities:
-// i >= 0 the i-th token that leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in slot num_sinks + j.
+// row0 / segment_chunks + n on. A bank holds `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries
+// have identities: i >= 0 the i-th token that leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in
+// slot num_sinks + j. Slots are counted without the sinks.
 struct RetentionScan : BankScanForward {
   int capacity;  // exact slots that are no sinks
   int segment_chunks;
   int segment_tokens;  // evicted tokens of a segment
   int listed;          // of them the most that can be in a bank after it
-  int64_t segments, banks;
+  int64_t segments;
+  Divisor by_chunk, by_segment, by_window;  // segments in chunks
 
-  SegmentPlan* plan;      // (segments)
-  uint64_t* token_key;    // (segments, R, segment_tokens) descending
-  int32_t* token;         // (segments, R, segment_tokens) which of the segment's tokens that is
-  int2* token_stay;       // (segments, R, segment_tokens) until when each token stays, 0 if it never comes in, and the rank before
-                          // the segment whose slot it takes; in order of position
-  uint64_t* bank_key;     // (banks, R, capacity) descending
-  int32_t* bank_id;       // (banks, R, capacity)
-  int32_t* bank_slot;     // (banks, R, capacity) each rank's slot, without the sinks
-  int32_t* bank_rank;     // (banks, R, capacity) each slot's rank
-  int32_t* bank_until;    // (segments, R, capacity) until when an entry of the bank before the segment stays
-  int32_t* rank_after;    // (segments, R, capacity) by rank before the segment: the rank after it of what is then in that slot
-  size_t bytes;           // of these arrays
-  void* block_workspace;  // behind them, for blocks that outgrow shared memory
-  size_t block_bytes;     // what a block of the step that is launched needs
+  uint64_t* token_key;      // (segments, R, segment_tokens) descending
+  int32_t* token_id;        // (segments, R, segment_tokens) their identities, negative where nothing leaves yet
+  int2* token_stay;         // (segments, R, segment_tokens) until when each token stays, 0 if it never comes in, and the rank before
+                            // the segment whose slot it takes; in order of position
+  uint64_t* carried_key;    // (N, R, capacity) the bank that a sequence came with, descending
+  int32_t* carried_id;      // (N, R, capacity)
+  int32_t* carried_rank;    // (N, R, capacity) each slot's rank in it
+  int32_t* bank_id;         // (segments, R, capacity) the bank before each segment
+  int32_t* bank_until;      // (segments, R, capacity) until when its entries stay
+  int32_t* rank_after;      // (segments, R, capacity) by rank before the segment: the rank after it of what is then in that slot
+  int32_t* last_id;         // (N, R, capacity) the bank after the last segment, of sequences that have one
+  size_t bytes;             // of these arrays
+  void* block_workspace;    // behind them, for blocks that outgrow shared memory
+  size_t block_bytes;       // what a block of the step that is launched needs
 
   explicit RetentionScan(const BankScanForward& p);
 };
@@ -47,37 +48,42 @@ struct SequencePlan {
   int token0;       // its first token, over all sequences
   int row0;         // its first chunk row
   int chunks;       // chunk rows in use
+  int ring_slot;    // of the first new token
   int first_id;     // identity of the first token that the first chunk row would evict; negative where nothing leaves yet
   int64_t first;    // position of the first new token
   int64_t evicted;  // the first position that leaves the ring in this call
 
   __device__ static int row_start(const RetentionScan& p, int n) {
-    return static_cast<int>(p.cu_seqlens[n]) / p.chunk + 2 * n;
+    return p.by_chunk.quotient(static_cast<int>(p.cu_seqlens[n])) + 2 * n;
   }
   __device__ static SequencePlan of(const RetentionScan& p, int n) {
     SequencePlan plan;
     plan.number = n;
     plan.token0 = static_cast<int>(p.cu_seqlens[n]);
-    plan.row0 = plan.token0 / p.chunk + 2 * n;
+    plan.row0 = p.by_chunk.quotient(plan.token0) + 2 * n;
     const int length = static_cast<int>(p.cu_seqlens[n + 1]) - plan.token0;
     plan.first = p.tokens_seen[n];
-    const int64_t chunk = plan.first / p.chunk;
+    const int64_t chunk = p.by_chunk.quotient(plan.first);
     const int within = static_cast<int>(plan.first - chunk * p.chunk);
-    plan.chunks = length > 0 ? (within + length - 1) / p.chunk + 1 : 0;
+    plan.chunks = length > 0 ? p.by_chunk.quotient(within + length - 1) + 1 : 0;
+    plan.ring_slot = static_cast<int>(plan.first - p.by_window.quotient(plan.first) * p.window);
     const int64_t begins = (chunk + (within > 0)) * p.chunk - p.window;
     plan.evicted = begins > 0 ? begins : 0;
     plan.first_id = static_cast<int>(chunk * p.chunk - p.window - plan.evicted);
     return plan;
   }
-  __device__ int segment0(const RetentionScan& p) const { return row0 / p.segment_chunks + number; }
-  __device__ int segments(const RetentionScan& p) const { return (chunks + p.segment_chunks - 1) / p.segment_chunks; }
+  __device__ int segment0(const RetentionScan& p) const { return p.by_segment.quotient(row0) + number; }
+  __device__ int segments(const RetentionScan& p) const { return p.by_segment.quotient(chunks + p.segment_chunks - 1); }
   __device__ int64_t state_row(const RetentionScan& p, int group) const {
     return static_cast<int64_t>(number) * p.gate_groups + group;
   }
   // The end of the positions that have left the ring when the i-th chunk reads the banks; `evicted` or less if none has.
   __device__ int64_t evicted_end(const RetentionScan& p, int i) const { return evicted + first_id + (i + 1) * p.chunk; }
+  __device__ int64_t last_end(const RetentionScan& p) const { return chunks > 0 ? evicted_end(p, chunks - 1) : 0; }
+  // Of a position that the ring holds or that is new.
   __device__ int source_of(const RetentionScan& p, int64_t position) const {
-    return static_cast<int>(position < first ? position % p.window : p.window + p.exact_slots + position - first);
+    const int ahead = static_cast<int>(position - first), slot = ring_slot + ahead;
+    return ahead >= 0 ? p.window + p.exact_slots + ahead : slot < 0 ? slot + p.window : slot;
   }
   __device__ int source_of_id(const RetentionScan& p, int id) const {
     return id >= 0 ? source_of(p, evicted + id) : id == -1 ? -1 : p.window + p.num_sinks - 2 - id;
@@ -96,59 +102,64 @@ struct SegmentPlan {
 
   // One warp.
   __device__ static SegmentPlan of(const RetentionScan& p, int segment) {
-    // Every lane looks at one sequence: a binary search would wait for memory again and again.
-    int n = 0;
-    for (int left = static_cast<int>(p.sequences) - 1; left > 0;) {
-      const int step = (left + kWarp - 1) / kWarp, ahead = (lane_id() + 1) * step;
-      const bool passed = ahead <= left && SequencePlan::row_start(p, n + ahead) / p.segment_chunks + n + ahead <= segment;
-      const int by = __popc(__ballot_sync(kAllLanes, passed)) * step;
-      n += by;
-      left = min(left - by, step - 1);
-    }
     SegmentPlan plan;
-    plan.sequence = SequencePlan::of(p, n);
+    plan.sequence = SequencePlan::of(p, find_sequence_together(p.sequences, segment, [&](int n) {
+      return p.by_segment.quotient(SequencePlan::row_start(p, n)) + n;
+    }));
+    const int next = plan.sequence.number + 1;
     plan.begin = (segment - plan.sequence.segment0(p)) * p.segment_chunks;
-    const int end = n + 1 < p.sequences ? SequencePlan::row_start(p, n + 1) : static_cast<int>(p.chunk_rows);
+    const int end = next < p.sequences ? SequencePlan::row_start(p, next) : static_cast<int>(p.chunk_rows);
     plan.rows = min(max(end - plan.sequence.row0 - plan.begin, 0), p.segment_chunks);
     plan.used = min(max(plan.sequence.chunks - plan.begin, 0), p.segment_chunks);
     return plan;
   }
+  // For all threads of a block, which then sees it after a barrier.
+  __device__ static void put(SegmentPlan* to, const RetentionScan& p, int segment) {
+    if (warp_id() != 0) return;
+    const auto plan = of(p, segment);
+    if (lane_id() == 0) *to = plan;
+  }
+  // Segments of the sequence before this one.
+  __device__ int before(const RetentionScan& p) const { return p.by_segment.quotient(begin); }
+  __device__ bool last() const { return begin + used == sequence.chunks; }
 };
 
-inline RetentionScan::RetentionScan(const BankScanForward& p) : BankScanForward(p) {
+inline RetentionScan::RetentionScan(const BankScanForward& p) : BankScanForward(p), by_chunk(p.chunk), by_segment(1), by_window(p.window) {
   capacity = p.exact_slots - p.num_sinks;
-  // Segments of 512 tokens: long enough that few banks follow one another, short enough to fill a GPU from 8192 tokens on.
-  segment_chunks = p.chunk < kSegmentTokens ? kSegmentTokens / p.chunk : 1;
+  // About 16 segments to a sequence that has all tokens: each begins with a merge of the lists of those before it. Short ones would
+  // list all of their tokens, long ones need much memory for a block.
+  constexpr int64_t kSegments = 16, kLeastTokens = 256, kMostTokens = 1024;
+  const int64_t target = std::min(std::max({p.tokens / kSegments, static_cast<int64_t>(capacity), kLeastTokens}), kMostTokens);
+  segment_chunks = static_cast<int>(std::max<int64_t>(target / p.chunk, 1));
   segment_tokens = segment_chunks * p.chunk;
+  by_segment = Divisor(segment_chunks);
   listed = capacity < segment_tokens ? capacity : segment_tokens;
   segments = tile_bound(p.chunk_rows, p.sequences, segment_chunks);
-  banks = segments + p.sequences;
-  const int64_t tokens = segments * p.gate_groups * segment_tokens, entries = banks * p.gate_groups * capacity;
+  const int64_t tokens = segments * p.gate_groups * segment_tokens, entries = segments * p.gate_groups * capacity,
+                carried = p.sequences * p.gate_groups * capacity;
   Carver carver(p.workspace);
-  plan = carver.take<SegmentPlan>(segments);
   token_key = carver.take<uint64_t>(tokens);
-  token = carver.take<int32_t>(tokens);
+  token_id = carver.take<int32_t>(tokens);
   token_stay = carver.take<int2>(tokens);
-  bank_key = carver.take<uint64_t>(entries);
+  carried_key = carver.take<uint64_t>(carried);
+  carried_id = carver.take<int32_t>(carried);
+  carried_rank = carver.take<int32_t>(carried);
   bank_id = carver.take<int32_t>(entries);
-  bank_slot = carver.take<int32_t>(entries);
-  bank_rank = carver.take<int32_t>(entries);
   bank_until = carver.take<int32_t>(entries);
   rank_after = carver.take<int32_t>(entries);
+  last_id = carver.take<int32_t>(carried);
   bytes = carver.used();
   block_workspace = carver.take<unsigned char>(0);
   block_bytes = 0;
 }
 
-// Bytes of a block, and the steps in their order.
-size_t retention_tokens_block(const RetentionScan& p);
-size_t retention_banks_block(const RetentionScan& p);
-size_t retention_walk_block(const RetentionScan& p);
+// The steps in their order, and what their blocks need where they outgrow shared memory. The last one writes the new state as well.
+size_t retention_tokens_workspace(const RetentionScan& p);
+size_t retention_walk_workspace(const RetentionScan& p);
+size_t retention_rows_workspace(const RetentionScan& p);
 cudaError_t retention_tokens(const RetentionScan& p, DType dtype, cudaStream_t stream);
-cudaError_t retention_banks(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_walk(const RetentionScan& p, cudaStream_t stream);
-cudaError_t retention_slots(const RetentionScan& p, cudaStream_t stream);
-cudaError_t retention_rows(const RetentionScan& p, cudaStream_t stream);
+cudaError_t retention_rows(const RetentionScan& p, DType dtype, cudaStream_t stream);
 
 // Keys as integers in the same order. The free slots of a bank stand below every token, and below them tokens that are not
 // offered; 0 stays unused, so that key - 1 is always something less.
@@ -159,16 +170,17 @@ __device__ inline uint64_t ordered_key(double key) {
   return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
 
-// How many entries of a descending list are greater than key. No branches, and as many steps for every thread.
+// How many entries of a descending list are greater than key. In as few instructions as can be, here and in what follows: a block runs
+// through its code once, and fetching that takes longer than running it.
 __device__ inline int count_above(const uint64_t* list, int count, uint64_t key) {
-  if (count == 0) return 0;
-  const uint64_t* from = list;
-  while (count > 1) {
-    const int half = count / 2;
-    from = from[half - 1] > key ? from + half : from;
-    count -= half;
+  int above = 0;
+#pragma unroll 1
+  for (int step = count > 0 ? 1 << (31 - __clz(count)) : 0; step > 0; step /= 2) {
+    const int next = above + step;
+    const uint64_t entry = list[min(next, count) - 1];  // no branch before it
+    above = (next <= count) & (entry > key) ? next : above;
   }
-  return static_cast<int>(from - list) + (*from > key);
+  return above;
 }
 
 // Calls body with a block's memory, twice in code: so that where it is shared, the compiler knows.
@@ -181,6 +193,21 @@ __device__ inline void with_block_memory(const RetentionScan& p, unsigned char* 
     Carver carver(static_cast<unsigned char*>(p.block_workspace) + static_cast<size_t>(blockIdx.x) * p.block_bytes);
     body(carver);
   }
+}
+
+// An entry on its way into a block's memory, of 4 or 8 bytes; there once the block has called wait_brought.
+template <class T>
+__device__ inline void bring(const RetentionScan& p, T* to, const T* from) {
+  if (p.block_bytes <= kSharedLimit) {
+    __pipeline_memcpy_async(to, from, sizeof(T));
+  } else {
+    *to = *from;
+  }
+}
+__device__ inline void wait_brought() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  __syncthreads();
 }
 
 }  // namespace coda::kernels

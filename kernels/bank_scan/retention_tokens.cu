@@ -1,54 +1,78 @@
+#include "new_state.cuh"
 #include "retention_segments.cuh"
-
-#include <algorithm>
 
 namespace coda::kernels {
 namespace {
 
-constexpr int kThreads = kSegmentTokens;
+constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kShares = 4;  // lanes that look for the rank of one entry of a carried bank
+
+__host__ __device__ inline int parts_of(int slots, int per_warp) { return (slots + kWarps * per_warp - 1) / (kWarps * per_warp); }
+
+struct TokensParams : RetentionScan {
+  int per_warp;  // slots of the ring
+  bool wide;
+};
 
 // The bank that a sequence came with, in order of rank.
 struct CarriedBank {
-  uint64_t* key;   // (capacity)
-  int64_t* order;  // (capacity) decides between equal keys
+  struct alignas(16) Entry {
+    uint64_t key;
+    int64_t order;  // decides between equal keys
+  };
+  Entry* entry;  // (capacity)
 
-  __host__ __device__ CarriedBank(Carver& carver, int capacity)
-      : key(carver.take<uint64_t>(capacity)), order(carver.take<int64_t>(capacity)) {}
+  __host__ __device__ CarriedBank(Carver& carver, int capacity) : entry(carver.take<Entry>(capacity)) {}
 
   template <class A>
   __device__ void sort(const RetentionScan& p, int n, int group) const {
-    const auto plan = SequencePlan::of(p, n);
-    const int64_t state = plan.state_row(p, group);
+    const int64_t state = static_cast<int64_t>(n) * p.gate_groups + group;
     const int64_t* positions = p.exact_pos + state * p.exact_slots + p.num_sinks;
     const A* gates = static_cast<const A*>(p.state_gate) + state * (p.window + p.exact_slots) + p.window + p.num_sinks;
+#pragma unroll 1
     for (int j = threadIdx.x; j < p.capacity; j += blockDim.x) {
-      const bool free = positions[j] < 0;
-      key[j] = free ? kFreeSlot : ordered_key(retention_key(gates[j], p.age_decay, positions[j]));
-      order[j] = free ? j : positions[j];  // arrivals take the slots of the last ranks: free ones fill in ascending order
+      const int64_t position = positions[j];
+      const A gate = gates[j];
+      // Arrivals take the slots of the last ranks: free ones fill in ascending order.
+      entry[j] = position < 0 ? Entry{kFreeSlot, j} : Entry{ordered_key(retention_key(gate, p.age_decay, position)), position};
     }
     __syncthreads();
-    const int64_t row = (static_cast<int64_t>(plan.segment0(p) + n) * p.gate_groups + group) * p.capacity;
-    for (int j = threadIdx.x; j < p.capacity; j += blockDim.x) {
+    const int share = lane_id() % kShares;
+#pragma unroll 1
+    for (int base = warp_id() * (kWarp / kShares); base < p.capacity; base += blockDim.x / kShares) {
+      const int j = base + lane_id() / kShares;
+      const Entry mine = entry[min(j, p.capacity - 1)];
       int rank = 0;
 #pragma unroll 4
-      for (int i = 0; i < p.capacity; ++i) rank += key[i] > key[j] || (key[i] == key[j] && order[i] > order[j]);
-      p.bank_key[row + rank] = key[j];
-      p.bank_id[row + rank] = key[j] == kFreeSlot ? -1 : -2 - j;
-      p.bank_slot[row + rank] = j;
-      p.bank_rank[row + j] = rank;
+      for (int i = share; i < p.capacity; i += kShares) {
+        const Entry other = entry[i];
+        rank += (other.key > mine.key) | ((other.key == mine.key) & (other.order > mine.order));
+      }
+#pragma unroll
+      for (int offset = kShares / 2; offset > 0; offset /= 2) rank += __shfl_xor_sync(kAllLanes, rank, offset);
+      if (j >= p.capacity || share > 0) continue;
+      p.carried_key[state * p.capacity + rank] = mine.key;
+      p.carried_id[state * p.capacity + rank] = mine.key == kFreeSlot ? -1 : -2 - j;
+      p.carried_rank[state * p.capacity + j] = rank;
     }
   }
 };
 
+// The counts so far and the sinks among what leaves the ring.
+__device__ inline void begin_counts(const RetentionScan& p, const SequencePlan& plan) {
+  const int64_t pinned = min(plan.last_end(p), static_cast<int64_t>(p.num_sinks)) - plan.evicted;
+  p.new_counts[2 * plan.number] = p.counts[2 * plan.number] + (pinned > 0 ? pinned * p.gate_groups : 0);
+  p.new_counts[2 * plan.number + 1] = p.counts[2 * plan.number + 1];
+}
+
 // The tokens of a segment, sorted by merging; between equal keys the later token comes first.
 struct SegmentTokens {
-  SegmentPlan* plan;
   uint64_t *key, *other_key;  // (segment_tokens)
   int *token, *other_token;   // (segment_tokens)
 
   __host__ __device__ SegmentTokens(Carver& carver, int tokens)
-      : plan(carver.take<SegmentPlan>(1)), key(carver.take<uint64_t>(tokens)), other_key(carver.take<uint64_t>(tokens)),
-        token(carver.take<int>(tokens)), other_token(carver.take<int>(tokens)) {}
+      : key(carver.take<uint64_t>(tokens)), other_key(carver.take<uint64_t>(tokens)), token(carver.take<int>(tokens)),
+        other_token(carver.take<int>(tokens)) {}
 
   template <class A>
   __device__ void sort(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row) const {
@@ -56,14 +80,16 @@ struct SegmentTokens {
     const int count = p.segment_tokens, offered = plan.used * p.chunk, id = sequence.first_id + plan.begin * p.chunk;
     const A* state_gate = static_cast<const A*>(p.state_gate) + sequence.state_row(p, group) * (p.window + p.exact_slots);
     const A* gate = static_cast<const A*>(p.gate) + static_cast<int64_t>(sequence.token0) * p.gate_groups + group;
+#pragma unroll 1
     for (int c = threadIdx.x; c < count; c += blockDim.x) {
       const int64_t position = sequence.evicted + id + c, fresh = position - sequence.first;
       key[c] = kNotOffered;
       if (id + c < 0 || position < p.num_sinks || c >= offered) continue;
-      const A logit = fresh < 0 ? state_gate[position % p.window] : gate[fresh * p.gate_groups];
+      const A logit = fresh < 0 ? state_gate[sequence.source_of(p, position)] : gate[fresh * p.gate_groups];
       key[c] = ordered_key(retention_key(logit, p.age_decay, position));
     }
     __syncthreads();
+#pragma unroll 1
     for (int c = threadIdx.x; c < count; c += blockDim.x) {
       const int begin = c / kWarp * kWarp, end = min(begin + kWarp, count);
       const uint64_t mine = key[c], less = mine - 1;
@@ -79,6 +105,7 @@ struct SegmentTokens {
     int* to_token = token;
     for (int width = kWarp; width < count; width *= 2) {
       __syncthreads();
+#pragma unroll 1
       for (int i = threadIdx.x; i < count; i += blockDim.x) {
         const uint64_t mine = from_key[i];
         const bool right = i & width;
@@ -96,50 +123,67 @@ struct SegmentTokens {
       to_token = tokens;
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       p.token_key[row * count + i] = from_key[i];
-      p.token[row * count + i] = from_token[i];
+      p.token_id[row * count + i] = id + from_token[i];
     }
   }
 };
 
-// The first blocks order the banks that sequences came with, the others the tokens that leave the ring in a segment.
-template <class A>
-__global__ void __launch_bounds__(kThreads, 3) retention_tokens_kernel(RetentionScan p) {
+// The first blocks order the banks that sequences came with, then come those that order the tokens that leave the ring in a segment.
+// The last ones copy the ring into the new state, while there is room beside the others.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(TokensParams p) {
+  using A = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
-  const int states = static_cast<int>(p.sequences) * p.gate_groups, block = static_cast<int>(blockIdx.x) - states;
-  const int outer = (block < 0 ? block + states : block) / p.gate_groups, group = static_cast<int>(blockIdx.x) % p.gate_groups;
+  __shared__ SegmentPlan plan;
+  const int states = static_cast<int>(p.sequences) * p.gate_groups, cuts = static_cast<int>(p.segments) * p.gate_groups;
+  int block = static_cast<int>(blockIdx.x);
+  if (block >= states + cuts) {
+    block -= states + cuts;
+    const int parts = parts_of(p.window, p.per_warp), slot = (block % parts * kWarps + warp_id()) * p.per_warp, row = block / parts;
+    if (slot >= p.window) return;
+    copy_ring_slots(p, ScanView<T>(p, row / p.kv_heads), row % p.kv_heads, slot, min(p.per_warp, p.window - slot), p.wide);
+    return;
+  }
+  const int group = block % p.gate_groups;
   with_block_memory(p, shared, [&](Carver& carver) {
-    if (block < 0) {
-      CarriedBank(carver, p.capacity).template sort<A>(p, outer, group);
+    if (block < states) {
+      CarriedBank(carver, p.capacity).template sort<A>(p, block / p.gate_groups, group);
+      if (group == 0 && threadIdx.x == 0) begin_counts(p, SequencePlan::of(p, block / p.gate_groups));
       return;
     }
-    const SegmentTokens tokens(carver, p.segment_tokens);
-    if (warp_id() == 0) {
-      const auto plan = SegmentPlan::of(p, outer);
-      if (lane_id() == 0) *tokens.plan = plan;
-      if (lane_id() == 0 && group == 0) p.plan[outer] = plan;
-    }
+    SegmentPlan::put(&plan, p, (block - states) / p.gate_groups);
     __syncthreads();
-    if (tokens.plan->used > 0) tokens.template sort<A>(p, *tokens.plan, group, block);
+    if (plan.used > 0) SegmentTokens(carver, p.segment_tokens).template sort<A>(p, plan, group, block - states);
   });
 }
 
-}  // namespace
+int64_t scan_blocks(const RetentionScan& p) { return (p.sequences + p.segments) * p.gate_groups; }
 
-size_t retention_tokens_block(const RetentionScan& p) {
+size_t block_bytes(const RetentionScan& p) {
   Carver bank(nullptr), tokens(nullptr);
   CarriedBank(bank, p.capacity);
   SegmentTokens(tokens, p.segment_tokens);
   return std::max(bank.used(), tokens.used());
 }
 
+}  // namespace
+
+size_t retention_tokens_workspace(const RetentionScan& p) {
+  return workspace_part(block_bytes(p), scan_blocks(p));
+}
+
 cudaError_t retention_tokens(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
-  RetentionScan p = scan;
-  p.block_bytes = retention_tokens_block(scan);
-  const dim3 grid(static_cast<unsigned>((p.sequences + p.segments) * p.gate_groups));
-  const auto kernel = dtype == DType::kFloat64 ? retention_tokens_kernel<double> : retention_tokens_kernel<float>;
-  return launch(kernel, grid, kThreads, shared_part(p.block_bytes), stream, p);
+  TokensParams p{scan, slots_of_warp(scan), false};
+  p.block_bytes = block_bytes(scan);
+  const dim3 grid(static_cast<unsigned>(scan_blocks(p) + p.sequences * p.kv_heads * parts_of(p.window, p.per_warp)));
+  return dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    p.wide = wide_rows<T>(p);
+    return launch(retention_tokens_kernel<T>, grid, kThreads, shared_part(p.block_bytes), stream, p);
+  });
 }
 
 }  // namespace coda::kernels

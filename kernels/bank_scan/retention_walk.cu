@@ -1,7 +1,5 @@
 #include "retention_segments.cuh"
 
-#include <algorithm>
-
 namespace coda::kernels {
 namespace {
 
@@ -15,6 +13,7 @@ struct RankedSet {
   // One warp; the bits are set.
   __device__ void count(int words) const {
     int total = 0;
+#pragma unroll 1
     for (int base = 0; base < words; base += kWarp) {
       const int w = base + lane_id(), mine = w < words ? __popc(member[w]) : 0;
       int sum = mine;
@@ -30,17 +29,27 @@ struct RankedSet {
   }
 };
 
-constexpr int kMostThreads = 640;
+constexpr int kThreads = 512;
+constexpr int kListsAtOnce = 16;
 
 __host__ __device__ inline int words_of(int count) { return (count + 31) / 32; }
 
+// The bank before the segment, in one of two places, and the segment's tokens in order of key.
+struct SegmentMemory {
+  uint64_t* bank;  // (2, capacity)
+  int* bank_id;    // (2, capacity)
+  uint64_t* key;   // (segment_tokens)
+  int* token;      // (segment_tokens) identities; then which of the segment's tokens that is
+
+  __host__ __device__ SegmentMemory(Carver& carver, int capacity, int tokens)
+      : bank(carver.take<uint64_t>(2 * capacity)), bank_id(carver.take<int>(2 * capacity)), key(carver.take<uint64_t>(tokens)),
+        token(carver.take<int>(tokens)) {}
+};
+
 // Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of
 // all keys together.
-struct WalkMemory {
+struct WalkMemory : SegmentMemory {
   int words;
-  uint64_t* bank;    // (capacity)
-  uint64_t* key;     // (segment_tokens)
-  int* token;        // (segment_tokens)
   int* place;        // (entries)
   int* born;         // (entries), by place: the chunk that brings it, 0 for the bank
   unsigned* member;  // (segment_chunks, words) of the sets: places that the bank or the chunks up to this one bring
@@ -50,11 +59,11 @@ struct WalkMemory {
   int* arrives;      // (segment_tokens) whether a token does; where born was
   unsigned* arrival_member;  // (words) of the set of tokens that do
   int* arrival_before;       // (words + 1)
-  int* leaver;       // (segment_tokens) the entry whose slot the i-th arrival takes; where place was
+  int* leaver;               // (segment_tokens) the entry whose slot the i-th arrival takes; where place was
 
   __host__ __device__ WalkMemory(Carver& carver, int capacity, int tokens, int chunks)
-      : words(words_of(capacity + tokens)), bank(carver.take<uint64_t>(capacity)), key(carver.take<uint64_t>(tokens)),
-        token(carver.take<int>(tokens)), place(carver.take<int>(capacity + tokens)), born(carver.take<int>(capacity + tokens)),
+      : SegmentMemory(carver, capacity, tokens), words(words_of(capacity + tokens)), place(carver.take<int>(capacity + tokens)),
+        born(carver.take<int>(capacity + tokens)),
         member(carver.take<unsigned>(chunks * words)), before(carver.take<int>(chunks * (words + 1))),
         stay(carver.take<int2>(capacity + tokens)), arrives(born), arrival_member(carver.take<unsigned>(words_of(tokens) + 1)),
         arrival_before(carver.take<int>(words_of(tokens) + 1)), leaver(place) {}
@@ -64,63 +73,153 @@ struct WalkMemory {
   __device__ RankedSet arrivals() const { return {arrival_member, arrival_before}; }
 };
 
-// One block finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes.
-__global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(RetentionScan p) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int segment = static_cast<int>(blockIdx.x) / p.gate_groups, sequence = p.plan[segment].sequence.number;
-  if (p.plan[segment].used == 0) return;
-  const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
-  const int entries = capacity + tokens;
-  const int64_t row = blockIdx.x, bank_row = row + static_cast<int64_t>(sequence) * p.gate_groups;
-  with_block_memory(p, shared, [&](Carver& carver) {
-    const WalkMemory work(carver, capacity, tokens, chunks);
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int i = e - capacity;
-      if (i < 0) {
-        work.bank[e] = p.bank_key[bank_row * capacity + e];
-      } else {
-        work.key[i] = p.token_key[row * tokens + i];
-        work.token[i] = p.token[row * tokens + i];
+// Lists of the best tokens of segments, two rows of them; where WalkMemory has its own arrays, which come later.
+struct MergeMemory : SegmentMemory {
+  int at_once;  // lists of a row, several only where each is as long as a bank
+  uint64_t* list;  // (2, at_once, listed)
+  int* id;         // (2, at_once, listed)
+
+  __host__ __device__ MergeMemory(Carver& carver, int capacity, int tokens, int listed)
+      : SegmentMemory(carver, capacity, tokens), at_once(listed == capacity ? kListsAtOnce : 1),
+        list(carver.take<uint64_t>(2 * at_once * listed)), id(carver.take<int>(2 * at_once * listed)) {}
+};
+
+// Merges each two neighbours of the row of lists at `from` into the best `length` of both, at `to`, the last one alone where their
+// number is odd. Between equal keys what comes from the later list wins: the later token.
+__device__ inline void merge_neighbours(const MergeMemory& work, int from, int to, int lists, int length) {
+  const int parts = words_of(length);
+  int list = warp_id() / parts, part = warp_id() % parts;
+#pragma unroll 1
+  while (list < lists) {
+    const int i = part * kWarp + lane_id(), at = from + list * length + i;
+    if (i < length) {
+      const uint64_t mine = work.list[at];
+      const int other = list ^ 1, shift = list & 1 ? 0 : 1;
+      const int rank = i + count_above(work.list + from + other * length, other < lists ? length : 0, mine - shift);
+      if (rank < length) {
+        work.list[to + (list >> 1) * length + rank] = mine;
+        work.id[to + (list >> 1) * length + rank] = work.id[at];
       }
     }
-    __syncthreads();
-    // Between equal keys the later token comes first.
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+    part += warp_count();
+#pragma unroll 1
+    for (; part >= parts; part -= parts) ++list;
+  }
+}
+
+// Finds the bank before the segment: the best of what the sequence came with and of the lists of all segments before. Brings the
+// segment's own tokens meanwhile. Returns where in work.bank it is.
+__device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan, int group, const MergeMemory& work) {
+  const int capacity = p.capacity, tokens = p.segment_tokens, listed = p.listed, before = plan.before(p);
+  const int64_t row = blockIdx.x, carried = plan.sequence.state_row(p, group) * capacity;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < capacity; e += blockDim.x) {
+    bring(p, work.bank + e, p.carried_key + carried + e);
+    bring(p, work.bank_id + e, p.carried_id + carried + e);
+  }
+  int now = 0;
+#pragma unroll 1
+  for (int s = 0; s < before; s += work.at_once) {
+    int count = listed > 0 ? min(work.at_once, before - s) : 0;
+#pragma unroll 1
+    for (int l = warp_id(); l < count; l += warp_count()) {
+      const int64_t from = (row - static_cast<int64_t>(before - s - l) * p.gate_groups) * tokens;
+#pragma unroll 1
+      for (int i = lane_id(); i < listed; i += kWarp) {
+        bring(p, work.list + l * listed + i, p.token_key + from + i);
+        bring(p, work.id + l * listed + i, p.token_id + from + i);
+      }
+    }
+    wait_brought();
+    int from = 0, to = work.at_once * listed;
+#pragma unroll 1
+    for (; count > 1; count = (count + 1) / 2) {
+      merge_neighbours(work, from, to, count, listed);
+      __syncthreads();
+      from = work.at_once * listed - from;
+      to = work.at_once * listed - to;
+    }
+    const int next = capacity - now;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < capacity + listed; e += blockDim.x) {
       const int i = e - capacity;
-      const int place = i < 0 ? e + count_above(work.key, tokens, work.bank[e] - 1)
-                              : i + count_above(work.bank, capacity, work.key[i]);
-      work.place[e] = place;
-      work.born[place] = i < 0 ? 0 : work.token[i] / chunk;
+      const uint64_t mine = i < 0 ? work.bank[now + e] : work.list[from + i];
+      const int id = i < 0 ? work.bank_id[now + e] : work.id[from + i];
+      // Between equal keys the later token wins, and that is the one from the lists.
+      const int rank = i < 0 ? e + count_above(work.list + from, listed, mine - 1) : i + count_above(work.bank + now, capacity, mine);
+      if (rank >= capacity) continue;
+      work.bank[next + rank] = mine;
+      work.bank_id[next + rank] = id;
     }
     __syncthreads();
+    now = next;
+  }
+  if (before == 0) wait_brought();
+  return now;
+}
+
+// One block finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes.
+__global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionScan p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ SegmentPlan plan;
+  const int group = static_cast<int>(blockIdx.x) % p.gate_groups;
+  SegmentPlan::put(&plan, p, static_cast<int>(blockIdx.x) / p.gate_groups);
+  const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
+  const int entries = capacity + tokens;
+  const int64_t row = blockIdx.x;
+  with_block_memory(p, shared, [&](Carver& carver) {
+    Carver again = carver;
+    const WalkMemory work(carver, capacity, tokens, chunks);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {  // while the plan is made
+      bring(p, work.key + i, p.token_key + row * tokens + i);
+      bring(p, work.token + i, p.token_id + row * tokens + i);
+    }
+    __syncthreads();
+    if (plan.used == 0) return;
+    const int first_id = plan.sequence.first_id + plan.begin * chunk;
+    const int now = find_bank(p, plan, group, MergeMemory(again, capacity, tokens, p.listed));
+    const uint64_t* bank = work.bank + now;
+    const int* bank_id = work.bank_id + now;
+    // Between equal keys the later token comes first.
+#pragma unroll 1
+    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+      const int i = e - capacity;
+      const int place = i < 0 ? e + count_above(work.key, tokens, bank[e] - 1) : i + count_above(bank, capacity, work.key[i]);
+      work.place[e] = place;
+      work.born[place] = i < 0 ? 0 : p.by_chunk.quotient(work.token[i] -= first_id);
+    }
+    __syncthreads();
+#pragma unroll 1
     for (int w = warp_id(); w < work.words; w += warp_count()) {
       const int place = 32 * w + lane_id();
       const int born = place < entries ? work.born[place] : chunks;
-#pragma unroll 1  // registers
+#pragma unroll 4
       for (int b = 0; b < chunks; ++b) {
         const unsigned mask = __ballot_sync(kAllLanes, born <= b);
         if (lane_id() == 0) work.come(b).member[w] = mask;
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(work.words);
     __syncthreads();
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : work.token[i] / chunk;
-      int low = born, high = chunks;
-      while (low < high) {
-        const int b = (low + high) / 2;
-        if (work.come(b).below(place) >= capacity) {
-          high = b;
-        } else {
-          low = b + 1;
-        }
+      const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : p.by_chunk.quotient(work.token[i]);
+      int low = born;  // the first chunk from then on that finds the bank full with better ones
+#pragma unroll 1
+      for (int step = 1 << (31 - __clz(chunks)); step > 0; step /= 2) {
+        const int next = low + step;
+        const bool held = work.come(min(next, chunks) - 1).below(place) < capacity;
+        low = (next <= chunks) & held ? next : low;
       }
       const bool arrives = i >= 0 && low > born;
       if (i >= 0) work.arrives[work.token[i]] = arrives;
       work.stay[e] = {i < 0 || arrives ? low : 0, low > 0 ? work.come(low - 1).below(place) : e};
     }
     __syncthreads();
+#pragma unroll 1
     for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
       const int c = 32 * w + lane_id();
       const unsigned mask = __ballot_sync(kAllLanes, c < tokens && work.arrives[c]);
@@ -132,6 +231,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(Retenti
     __syncthreads();
     // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of
     // the segment, if what leaves is numbered on from chunk to chunk.
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int2 stay = work.stay[e];
       if (stay.x < chunks && (e < capacity || stay.x > 0)) {
@@ -139,35 +239,44 @@ __global__ void __launch_bounds__(kMostThreads, 2) retention_walk_kernel(Retenti
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries; e += blockDim.x) {
       const int2 stay = work.stay[e];
       const int i = e - capacity;
       int held = e;
       while (stay.x > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
       if (i < 0) {
+        p.bank_id[row * capacity + e] = bank_id[e];
         p.bank_until[row * capacity + e] = stay.x;
       } else {
         p.token_stay[row * tokens + work.token[i]] = {stay.x, held};
       }
-      if (stay.x == chunks) p.rank_after[row * capacity + held] = stay.y;
+      if (stay.x < chunks) continue;
+      p.rank_after[row * capacity + held] = stay.y;
+      if (plan.last()) {
+        p.last_id[plan.sequence.state_row(p, group) * capacity + stay.y] =
+            i < 0 ? bank_id[e] : first_id + work.token[i];
+      }
     }
-    if (threadIdx.x == 0) add_count(p.new_counts + 2 * sequence, arrivals.before[words_of(tokens)]);
+    if (threadIdx.x == 0) add_count(p.new_counts + 2 * plan.sequence.number, arrivals.before[words_of(tokens)]);
   });
+}
+
+size_t block_bytes(const RetentionScan& p) {
+  Carver walk(nullptr), merge(nullptr);
+  WalkMemory(walk, p.capacity, p.segment_tokens, p.segment_chunks);
+  MergeMemory(merge, p.capacity, p.segment_tokens, p.listed);
+  return std::max(walk.used(), merge.used());
 }
 
 }  // namespace
 
-size_t retention_walk_block(const RetentionScan& p) {
-  Carver sizes(nullptr);
-  WalkMemory(sizes, p.capacity, p.segment_tokens, p.segment_chunks);
-  return sizes.used();
-}
+size_t retention_walk_workspace(const RetentionScan& p) { return workspace_part(block_bytes(p), p.segments * p.gate_groups); }
 
 cudaError_t retention_walk(const RetentionScan& scan, cudaStream_t stream) {
   RetentionScan p = scan;
-  p.block_bytes = retention_walk_block(scan);
-  const int threads = std::clamp((p.capacity + p.segment_tokens + kWarp - 1) / kWarp * kWarp, kWarp, kMostThreads);
-  return launch(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), threads,
+  p.block_bytes = block_bytes(scan);
+  return launch(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), kThreads,
                 shared_part(p.block_bytes), stream, p);
 }
 

@@ -1,4 +1,5 @@
 #include "../common/launch.cuh"
+#include "gates.cuh"
 #include "launch.h"
 #include "novelty.cuh"
 #include "sm90/steps.h"
@@ -29,7 +30,6 @@ __global__ void __launch_bounds__(kThreads) route_exact_bank_kernel(RouteExactBa
   const auto& bank = work.bank;
   const int64_t b = blockIdx.x;
   const int64_t* position = p.position + b * p.candidates;
-  const double* gate = p.gate + b * p.candidates;
   for (int j = threadIdx.x; j < p.slots; j += blockDim.x) {
     bank.occupant[j] = p.used[b * p.slots + j] ? NoveltyBank<A>::kHeld : NoveltyBank<A>::kFree;
     bank.last_touch[j] = p.last_touch[b * p.slots + j];
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) route_exact_bank_kernel(RouteExactBa
   }
   if (warp_id() == 0) {
     const int kept = p.slots == p.num_sinks ? 0 : compact(work.candidate, p.candidates, [&](int t) {
-      return gate[t] >= p.tau_exact;
+      return read_double(p.gate, p.gate_dtype, b * p.candidates + t) >= p.tau_exact;
     });
     if (lane_id() == 0) candidates = kept;
   }

@@ -8,6 +8,8 @@
 
 namespace coda::kernels {
 
+cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DType dtype, cudaStream_t stream);
+
 // Any dtype and any even D up to 256.
 namespace portable {
 cudaError_t bounded_attention_forward(const BoundedAttentionForward& params, DType dtype, cudaStream_t stream);

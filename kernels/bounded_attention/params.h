@@ -34,8 +34,18 @@ struct BoundedAttentionParams {
   const void* summary_v;       // (NC, Hkv, Ms, D) A
   const void* summary_mass;    // (NC, Ms) A, 0 free
   const double* inv_freq;      // (D/2)
-  const void* kbar;            // (T, Hkv, D) keys as the bank holds them: see bank_keys.h; k without bank_distance
+  const void* kbar;            // (T, Hkv, D) keys as the bank holds them, those that the index names; k without bank_distance
   const void* state_kbar;      // (N, Hkv, W + Me, D) likewise; state_k without bank_distance
+};
+
+// What both passes begin with: keys turned back to position 0 (semantics 3.7), and lam and theta in the accumulation type.
+struct BoundedAttentionPrepare : BoundedAttentionParams {
+  const void* narrow_lam;    // (T, H) of the storage type, null where there is nothing to widen
+  const void* narrow_theta;  // (H, D/2) likewise
+  void* wide_lam;            // out (T, H) A
+  void* wide_theta;          // out (H, D/2) A
+  void* new_kbar;            // out (T, Hkv, D), null where no key turns. Rows that the index does not name stay undefined
+  void* new_state_kbar;      // out (N, Hkv, W + Me, D) likewise
 };
 
 struct BoundedAttentionForward : BoundedAttentionParams {

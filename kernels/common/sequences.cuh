@@ -1,8 +1,28 @@
 #pragma once
 
-#include <cstdint>
+#include "numeric.cuh"
 
 namespace coda::kernels {
+
+// Division by a number that the host knows, where a chain of steps waits for the quotient.
+struct Divisor {
+  int by;
+  uint32_t factor, shift;
+  double inverse;
+
+  explicit Divisor(int divisor) : by(divisor), factor(0), shift(0), inverse(1.0 / divisor) {
+    while ((int64_t{1} << shift) < by) ++shift;
+    factor = static_cast<uint32_t>(((int64_t{1} << 32) * ((int64_t{1} << shift) - by)) / by + 1);
+  }
+  // From 0 on.
+  __device__ int quotient(int x) const { return static_cast<int>((__umulhi(x, factor) + x) >> shift); }
+  // From 0 on, below 2^52: the product is off by one at most.
+  __device__ int64_t quotient(int64_t x) const {
+    const auto near = static_cast<int64_t>(static_cast<double>(x) * inverse);
+    const int64_t rest = x - near * by;
+    return near + (rest >= by) - (rest < 0);
+  }
+};
 
 // The last n in [0, count) with start(n) <= index, where start is non-decreasing and start(0) <= index.
 template <class Start>
@@ -17,6 +37,20 @@ __device__ inline int64_t find_sequence(int64_t count, int64_t index, Start star
     }
   }
   return low;
+}
+
+// The same by one warp: every lane looks at one sequence, where a binary search would wait for memory again and again.
+template <class Start>
+__device__ inline int find_sequence_together(int64_t count, int64_t index, Start start) {
+  int n = 0;
+  for (int left = static_cast<int>(count) - 1; left > 0;) {
+    const int step = (left + kWarp - 1) / kWarp, ahead = (lane_id() + 1) * step;
+    const bool passed = ahead <= left && start(n + ahead) <= index;
+    const int by = __popc(__ballot_sync(kAllLanes, passed)) * step;
+    n += by;
+    left = min(left - by, step - 1);
+  }
+  return n;
 }
 
 // Packed sequences cut into tiles of `size` items without a host copy of their lengths: sequence n owns the tiles from

@@ -42,18 +42,20 @@ class State:
         w, me, ms, r = config.window, config.exact_slots, config.summary_slots, config.gate_groups(num_kv_heads)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def make(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
-        return cls(
-            k=zeros(n, hkv, w + me, d, dtype=dtype), v=zeros(n, hkv, w + me, d, dtype=dtype),
-            gate=zeros(n, r, w + me, dtype=wide),
-            exact_pos=torch.full((n, r, me), -1, dtype=torch.int64, device=device),
-            tokens_seen=zeros(n, dtype=torch.int64),
-            last_touch=zeros(n, me if config.policy == "novelty_lru" else 0, dtype=torch.int64),
-            counts=zeros(n, 2, dtype=torch.int64),
-            summary_k=zeros(n, hkv, ms, d, dtype=wide), summary_v=zeros(n, hkv, ms, d, dtype=wide),
-            summary_mass=zeros(n, ms, dtype=wide))
+        state = cls(
+            k=make(n, hkv, w + me, d, dtype=dtype), v=make(n, hkv, w + me, d, dtype=dtype),
+            gate=make(n, r, w + me, dtype=wide),
+            exact_pos=make(n, r, me, dtype=torch.int64),
+            tokens_seen=make(n, dtype=torch.int64),
+            last_touch=make(n, me if config.policy == "novelty_lru" else 0, dtype=torch.int64),
+            counts=make(n, 2, dtype=torch.int64),
+            summary_k=make(n, hkv, ms, d, dtype=wide), summary_v=make(n, hkv, ms, d, dtype=wide),
+            summary_mass=make(n, ms, dtype=wide))
+        torch.ops.coda._clear_state_(state.tensors())  # one launch: all 0, positions -1
+        return state
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the order in which they cross the op boundary."""

@@ -14,6 +14,14 @@ namespace {
 
 using Result = std::tuple<at::Tensor, std::vector<at::Tensor>>;
 
+// 0, length, 2 length, ...: one launch where the numbers are known, and for a compiler to fuse where they are symbols, of which it
+// could not tell how many this gives.
+at::Tensor ends_of(const c10::SymInt& rows, const c10::SymInt& length, const at::TensorOptions& options) {
+  const auto known_rows = rows.maybe_as_int(), known_length = length.maybe_as_int();
+  if (!known_rows || !known_length) return at::arange(rows + 1, options).mul(length);
+  return at::arange(0, (*known_rows + 1) * *known_length, *known_length, options);
+}
+
 Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& theta,
                                  const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
@@ -32,7 +40,7 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
   const auto packed_q = pack(q), packed_k = pack(k), packed_v = pack(v);
   const auto packed_gate = pack(gate);
   const auto packed_lam = lam ? std::optional(pack(*lam)) : std::nullopt;
-  const auto ends = dense ? at::arange(q.sym_size(0) + 1, q.options().dtype(at::kLong)).mul(q.sym_size(1)) : *cu_seqlens;
+  const auto ends = dense ? ends_of(q.sym_size(0), q.sym_size(1), q.options().dtype(at::kLong)) : *cu_seqlens;
 
   // Rows [from, to) of the packed batch; `cu` counts from `from`.
   const auto read = [&](const c10::SymInt& from, const c10::SymInt& to, const at::Tensor& cu, at::TensorList before) -> Result {

@@ -1,3 +1,4 @@
+#include "../gates.cuh"
 #include "../launch.h"
 #include "cluster.cuh"
 #include "routing.cuh"
@@ -8,7 +9,7 @@
 namespace coda::kernels::sm90 {
 namespace {
 
-constexpr int kMaxWarps = 20;
+constexpr int kMaxWarps = 24;
 
 // A tile is 8 candidates, one of kBatches batches, by 4 columns: first the slots, then, from column kSlots on, the candidates. Of
 // a fixed size, so that addresses are constants.
@@ -28,19 +29,29 @@ struct alignas(16) RouteShared {
   int64_t time[kSlots + kRows];    // last touch of the slots, then position of the candidates
 };
 
-// The mean cosines of one candidate, its best slot among them. One warp.
+// The mean cosines of all candidates, one a thread, then their best slots. The whole block; ends with a barrier.
 template <class Shared>
-__device__ void score_candidate(const RouteExactBankParams& p, Shared& work, int c) {
+__device__ void score_candidates(const RouteExactBankParams& p, Shared& work, int columns) {
   const float reciprocal = 1.0f / static_cast<float>(p.kv_heads);
-  const float* sent = work.cosine[0][c / kTileRows] + c % kTileRows * kTileColumns;
   constexpr int stride = sizeof(work.cosine[0]) / sizeof(float);
-  const auto key = [&](int column) {
-    const float* from = sent + column / kTileColumns * kTilePitch + column % kTileColumns;
-    return score_key(head_mean(from, stride, p.kv_heads, reciprocal));
-  };
-  if (lane_id() < p.candidates) work.key[c][Shared::kSlots + lane_id()] = key(Shared::kSlots + lane_id());
-  const Match match = best_match(p.slots, [&](int j) { return work.key[c][j] = work.used[j] ? key(j) : 0; });
-  if (lane_id() == 0) work.match[c] = match;
+  const int batches = (p.candidates + kTileRows - 1) / kTileRows, tiles = columns / kTileColumns;
+#pragma unroll 1
+  for (int item = threadIdx.x; item < batches * tiles * kTile; item += blockDim.x) {
+    const int batch = item / kTile / tiles, group = item / kTile - batch * tiles;
+    const int slot_groups = (p.slots + kTileColumns - 1) / kTileColumns;
+    const int tile = group < slot_groups ? group : Shared::kSlotGroups + group - slot_groups;
+    const int c = batch * kTileRows + lane_id() / kTileColumns, column = tile * kTileColumns + lane_id() % kTileColumns;
+    const float mean = head_mean(work.cosine[0][batch] + tile * kTilePitch + lane_id(), stride, p.kv_heads, reciprocal);
+    const bool scored = column >= Shared::kSlots || (column < p.slots && work.used[column]);
+    work.key[c][column] = scored ? score_key(mean) : 0;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int c = warp_id(); c < p.candidates; c += warp_count()) {
+    const Match match = best_match(p.slots, [&](int j) { return work.key[c][j]; });
+    if (lane_id() == 0) work.match[c] = match;
+  }
+  __syncthreads();
 }
 
 template <class Shared>
@@ -99,6 +110,18 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
   using Staged = std::conditional_t<kParts == 4, float4, float2>;
   const auto staged = [&](int i) -> Staged& { return reinterpret_cast<Staged*>(work.row)[i * kWarp + lane_id()]; };
   const auto load_staged = [&](float(&to)[kParts], int i) { *reinterpret_cast<Staged*>(to) = staged(i); };
+  // What block 0 decides by, underway with the rest: times by the last threads, one each, to whose warps no tiles fall.
+  double gate = 0.0;
+  const int last = static_cast<int>(blockDim.x - 1 - threadIdx.x);
+  const bool has_time = head == 0 && last < p.slots + p.candidates;
+  const int at = last < p.slots ? last : Shared::kSlots + last - p.slots;
+  int64_t time = 0;
+  bool used = false;
+  if (has_time) {
+    time = last < p.slots ? p.last_touch[b * p.slots + last] : p.position[b * p.candidates + last - p.slots];
+    used = last < p.slots && p.used[b * p.slots + last];
+  }
+  if (head == 0 && warp_id() == 0 && lane_id() < p.candidates) gate = read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id());
   int group = warp_id();
   if (group < slot_groups) load_slots(group);  // underway with the candidates
   for (int i = warp_count() - 1 - warp_id(); i < batches * kTileRows; i += warp_count()) {
@@ -108,27 +131,14 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
     const float norm = lane_norm(mine);
     if (lane_id() == 0) work.norm[i] = norm;
   }
-  double gate = 0.0;
-  // By the last threads, to whose warps no tiles fall where there are few.
-  const auto each_time = [&](auto f) {
-    for (int i = static_cast<int>(blockDim.x - 1 - threadIdx.x); i < p.slots + p.candidates; i += blockDim.x) {
-      f(i, i < p.slots ? i : Shared::kSlots + i - p.slots);
-    }
-  };
-  if (head == 0) {
-    if (warp_id() == 0 && lane_id() < p.candidates) gate = p.gate[b * p.candidates + lane_id()];
-    each_time([&](int i, int j) {
-      if (i < p.slots) work.used[i] = p.used[b * p.slots + i];
-      work.time[j] = i < p.slots ? p.last_touch[b * p.slots + i] : p.position[b * p.candidates + i - p.slots];
-    });
+  if (has_time) {
+    work.time[at] = time;
+    if (last < p.slots) work.used[at] = used;
   }
   __syncthreads();
   cluster_wait();  // other blocks must run before anything is sent to them
-  if (head == 0) {
-    each_time([&](int, int j) {
-      const int64_t time = work.time[j];
-      work.order[j] = order_among(work.time, p.slots, time) + order_among(work.time + Shared::kSlots, p.candidates, time);
-    });
+  if (has_time) {
+    work.order[at] = order_among(work.time, p.slots, time) + order_among(work.time + Shared::kSlots, p.candidates, time);
   }
   const uint32_t to = remote_address(work.cosine[head][0] + lane_id(), 0), barrier = remote_address(&arrived, 0);
   for (; group < groups; group += warp_count()) {
@@ -151,8 +161,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
   }
   if (head != 0) return;
   hopper::wait(&arrived, 0);
-  for (int c = warp_id(); c < p.candidates; c += warp_count()) score_candidate(p, work, c);
-  __syncthreads();
+  score_candidates(p, work, groups * kTileColumns);
   if (warp_id() != 0) return;
   decide(p, work, gate, b);
 }

@@ -85,14 +85,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tenso
   const auto summary_mass = at::zeros({p.chunk_rows, p.summary_slots}, held.summary_mass.options());
   const auto source = at::empty({p.sequences, p.gate_groups, p.exact_slots}, int32);
   const auto assignment = at::full({p.chunk_rows, p.summary_slots > 0 ? p.chunk : 0}, -1, int32);
-  const auto lengths = problem.cu_seqlens.slice(0, 1) - problem.cu_seqlens.slice(0, 0, p.sequences);
+  const bool counts_on = p.novelty || p.exact_slots == 0;  // retention begins them itself
   const State made{.k = fresh(held.k),
                    .v = fresh(held.v),
                    .gate = fresh(held.gate),
                    .exact_pos = fresh(held.exact_pos),
-                   .tokens_seen = held.tokens_seen + lengths,
+                   .tokens_seen = fresh(held.tokens_seen),
                    .last_touch = fresh(held.last_touch),
-                   .counts = held.counts.clone(),
+                   .counts = counts_on ? held.counts.clone() : fresh(held.counts),
                    .summary_k = fresh(held.summary_k),
                    .summary_v = fresh(held.summary_v),
                    .summary_mass = fresh(held.summary_mass)};
@@ -107,6 +107,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tenso
   p.new_gate = data(made.gate);
   p.new_exact_pos = data<int64_t>(made.exact_pos);
   p.new_last_touch = data<int64_t>(made.last_touch);
+  p.counts = read<int64_t>(held.counts);
+  p.new_tokens_seen = data<int64_t>(made.tokens_seen);
   p.new_counts = data<int64_t>(made.counts);
   p.new_summary_k = data(made.summary_k);
   p.new_summary_v = data(made.summary_v);

@@ -45,6 +45,14 @@ State aligned_state(at::TensorList tensors) {
   return State::from_tensors(held);
 }
 
+// What is of q's narrower type goes into the accumulation type with the keys, in one launch.
+bool is_narrow(const std::optional<at::Tensor>& t, const at::Tensor& q) {
+  return t && t->scalar_type() == q.scalar_type() && q.scalar_type() != wide_type(q);
+}
+at::Tensor wide_place(const std::optional<at::Tensor>& t, const at::Tensor& q) {
+  return is_narrow(t, q) ? at::empty(t->sizes(), wide(q)) : widened(t, q);
+}
+
 // The arguments in the form that kernels take; keeps the tensors alive.
 struct Problem {
   Path path;
@@ -59,11 +67,10 @@ struct Problem {
           const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
           const MemoryOptions& memory, const AttentionOptions& attention)
       : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path), q(aligned(q_)), k(aligned(k_)),
-        v(aligned(v_)), lam(widened(lam_, q_)), theta(widened(theta_, q_)), norm_weight(widened(norm_weight_, q_)),
+        v(aligned(v_)), lam(wide_place(lam_, q_)), theta(wide_place(theta_, q_)), norm_weight(widened(norm_weight_, q_)),
         gate(aligned(gate_)), cu_seqlens(int64(cu_seqlens_)), index(aligned(index_)), summary_k(aligned(summary_k_)),
         summary_v(aligned(summary_v_)), summary_mass(aligned(summary_mass_)), inv_freq(aligned(inv_freq_)),
-        state(aligned_state(state_)),
-        turned(state.exact_pos.size(2) > 0 ? bank_keys(k, state, cu_seqlens, inv_freq, memory) : BankKeys{k, state.k}) {
+        state(aligned_state(state_)), turned{k, state.k} {
     auto& p = params;
     p.sequences = state.k.size(0);
     p.tokens = q.size(0);
@@ -103,8 +110,25 @@ struct Problem {
     p.summary_v = read(summary_v);
     p.summary_mass = read(summary_mass);
     p.inv_freq = read<double>(inv_freq);
+    prepare(lam_, theta_);
     p.kbar = read(turned.fresh);
     p.state_kbar = read(turned.state);
+  }
+
+  void prepare(const std::optional<at::Tensor>& lam_, const std::optional<at::Tensor>& theta_) {
+    auto p = with_outputs<kernels::BoundedAttentionPrepare>(params);
+    const auto narrow_lam = is_narrow(lam_, q) ? lam_->contiguous() : at::Tensor(),
+               narrow_theta = is_narrow(theta_, q) ? theta_->contiguous() : at::Tensor();
+    p.narrow_lam = read(narrow_lam);
+    p.narrow_theta = read(narrow_theta);
+    p.wide_lam = data(lam);
+    p.wide_theta = data(theta);
+    if (p.has_bank_distance && p.exact_slots > 0) {
+      turned = {at::empty_like(k), at::empty_like(state.k)};
+      p.new_kbar = data(turned.fresh);
+      p.new_state_kbar = data(turned.state);
+    }
+    C10_CUDA_CHECK(kernels::bounded_attention_prepare(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   }
 };
 

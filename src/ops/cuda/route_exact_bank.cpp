@@ -14,7 +14,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_exact_bank(
   check_route_exact_bank(value_, gate_, position_, bank_value_, used_, last_touch_, num_sinks);
   const c10::cuda::CUDAGuard guard(value_.device());
   const auto value = value_.contiguous(), bank_value = bank_value_.contiguous(), used = used_.contiguous();
-  const auto gate = gate_.to(at::kDouble).contiguous(), position = position_.contiguous(),
+  const auto gate = gate_.contiguous(), position = position_.contiguous(),
              last_touch = last_touch_.contiguous();
   const auto slot = at::empty(position.sizes(), position.options()), action = at::empty_like(slot),
              new_last_touch = at::empty(last_touch.sizes(), last_touch.options());
@@ -30,7 +30,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_exact_bank(
   p.tau_match = tau_match;
   p.refresh_on_hit = refresh_on_hit;
   p.value = read(value);
-  p.gate = read<double>(gate);
+  p.gate = read(gate);
+  p.gate_dtype = dtype_of(gate);
   p.position = read<int64_t>(position);
   p.bank_value = read(bank_value);
   p.used = read<bool>(used);
