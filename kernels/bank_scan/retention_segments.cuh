@@ -170,17 +170,21 @@ __device__ inline uint64_t ordered_key(double key) {
   return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
 
-// How many entries of a descending list are greater than key. In as few instructions as can be, here and in what follows: a block runs
-// through its code once, and fetching that takes longer than running it.
+// How many entries of a descending list are greater than key: by quarters, for few loads one after the other, and without a branch
+// before them. In few instructions, here and in what follows: a block runs through its code once, and fetching that takes longer
+// than running it.
 __device__ inline int count_above(const uint64_t* list, int count, uint64_t key) {
-  int above = 0;
+  int above = 0, left = count;
 #pragma unroll 1
-  for (int step = count > 0 ? 1 << (31 - __clz(count)) : 0; step > 0; step /= 2) {
-    const int next = above + step;
-    const uint64_t entry = list[min(next, count) - 1];  // no branch before it
-    above = (next <= count) & (entry > key) ? next : above;
+  while (left > 4) {
+    const int quarter = left >> 2, at = above + quarter - 1;
+    above += ((list[at] > key) + (list[at + quarter] > key) + (list[at + 2 * quarter] > key)) * quarter;
+    left -= 3 * quarter;
   }
-  return above;
+  int rest = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rest += (i < left) & (list[max(min(above + i, count - 1), 0)] > key);
+  return above + rest;
 }
 
 // Calls body with a block's memory, twice in code: so that where it is shared, the compiler knows.
