@@ -52,30 +52,33 @@ __device__ inline void bank_key(T* to, const T* from, int dim, bool turns, bool 
   }
 }
 
-// The first blocks widen lam and theta. Then one or more blocks for each chunk row: they find which tokens the slots hold that they did
-// not hold in the row before, and bring their keys into the form of the bank. A token fills a slot once, so each comes about once. What
-// comes are tokens of the chunk that leaves the ring, mostly, in several gate groups and heads: their angles are computed once.
+// The first blocks widen lam and theta. Then one or more blocks for each chunk row: they find which tokens the slots hold that
+// they did not hold in the row before, and bring their keys into the form of the bank. A token fills a slot once, so each comes about
+// once. What comes are tokens of the chunk that leaves the ring, mostly, in several gate groups and heads: their angles are
+// computed once.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
   using A = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
-  auto* table = reinterpret_cast<Angle<A>*>(shared);                                 // (table_tokens, D/2)
-  int* wanted = reinterpret_cast<int*>(table + p.table_tokens * (p.dim / 2));  // (table_tokens) the tile that wants a token's angles
+  const int pairs = p.dim / 2;
+  auto* table = reinterpret_cast<Angle<A>*>(shared);                          // (table_tokens, D/2)
+  int* wanted = reinterpret_cast<int*>(table + p.table_tokens * pairs);  // (table_tokens) the tile that wants a token's angles
   __shared__ int arrived_source[kEntries];
   __shared__ short arrived_group[kEntries], arrived_entry[kEntries];  // of the table, -1 without
   __shared__ int arrivals;
   int64_t block = blockIdx.x;
   if (block < p.lam_blocks) return widen_block<T>(p.narrow_lam, p.wide_lam, block, p.tokens * p.heads);
   block -= p.lam_blocks;
-  if (block < p.theta_blocks) return widen_block<T>(p.narrow_theta, p.wide_theta, block, static_cast<int64_t>(p.heads) * (p.dim / 2));
+  if (block < p.theta_blocks) return widen_block<T>(p.narrow_theta, p.wide_theta, block, int64_t{p.heads} * pairs);
   block -= p.theta_blocks;
   const int row = static_cast<int>(block) / p.splits, split = static_cast<int>(block) % p.splits;
-  const int n = find_sequence_together(p.sequences, row, [&](int m) { return static_cast<int>(p.cu_seqlens[m]) / p.chunk + 2 * m; });
+  const auto row_start = [&](int m) { return static_cast<int>(p.cu_seqlens[m]) / p.chunk + 2 * m; };
+  const int n = find_sequence_together(p.sequences, row, row_start);
   const int token0 = static_cast<int>(p.cu_seqlens[n]), held = p.window + p.exact_slots;
   const int64_t first = p.tokens_seen[n];
-  const int i = row - (token0 / p.chunk + 2 * n);
+  const int i = row - row_start(n);
   const int64_t leaves = (first / p.chunk + i) * p.chunk - p.window;  // the first position that leaves the ring at this row
-  const int slots = p.gate_groups * p.exact_slots, pairs = p.dim / 2;
+  const int slots = p.gate_groups * p.exact_slots;
   const int32_t* index = p.index + static_cast<int64_t>(row) * slots;
   const auto position_of = [&](int source) {
     return source >= held ? first + source - held : ring_position(first, source, p.window);
@@ -114,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
 #pragma unroll 1
     for (int item = threadIdx.x; item < p.table_tokens * pairs; item += kThreads) {
       const int entry = item / pairs;
-      if (wanted[entry] == tile) table[item] = rope_angle<A>(-(leaves + entry * p.splits + split), p.inv_freq[item - entry * pairs]);
+      if (wanted[entry] != tile) continue;
+      table[item] = rope_angle<A>(-(leaves + entry * p.splits + split), p.inv_freq[item - entry * pairs]);
     }
     __syncthreads();
     const int heads = p.gate_groups == 1 ? p.kv_heads : 1, rows = arrivals * heads;

@@ -111,7 +111,9 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
     time = last < p.slots ? p.last_touch[b * p.slots + last] : p.position[b * p.candidates + last - p.slots];
     used = last < p.slots && p.used[b * p.slots + last];
   }
-  if (head == 0 && warp_id() == 0 && lane_id() < p.candidates) gate = read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id());
+  if (head == 0 && warp_id() == 0 && lane_id() < p.candidates) {
+    gate = read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id());
+  }
   int group = warp_id();
   if (group < slot_groups) load_slots(group);  // underway with the candidates
   for (int i = warp_count() - 1 - warp_id(); i < batches * kTileRows; i += warp_count()) {
