@@ -10,9 +10,8 @@ namespace coda::kernels {
 template <class T>
 bool wide_rows(const BankScanForward& p) {
   uintptr_t bits = p.dim * sizeof(T);
-  for (const void* rows : {p.k, p.v, p.state_k, p.state_v, static_cast<const void*>(p.new_k), static_cast<const void*>(p.new_v)}) {
-    bits |= reinterpret_cast<uintptr_t>(rows);
-  }
+  const void* rows[] = {p.k, p.v, p.state_k, p.state_v, p.new_k, p.new_v};
+  for (const void* row : rows) bits |= reinterpret_cast<uintptr_t>(row);
   return bits % 16 == 0;
 }
 
@@ -27,8 +26,8 @@ inline int slots_of_warp(const BankScanForward& p) {
 // What slots [slot0, slot0 + count) of one KV head hold in the new state: the tokens in flat sources source(i), for a bank slot
 // turned back where it was not in a bank before. Who copies the first slot of all counts the tokens. One warp.
 template <class T, bool kBank, class Source>
-__device__ inline void copy_slots(const BankScanForward& p, const ScanView<T>& view, int head, int slot0, int count, Source source,
-                                  bool wide) {
+__device__ inline void copy_slots(const BankScanForward& p, const ScanView<T>& view, int head, int slot0, int count,
+                                  Source source, bool wide) {
   using A = acc_t<T>;
   const int held = view.held(), group = p.gate_groups == 1 ? 0 : head;
   const int64_t to = view.state_row(slot0, head) * p.dim;
@@ -50,7 +49,8 @@ __device__ inline void copy_slots(const BankScanForward& p, const ScanView<T>& v
       }
 #pragma unroll
       for (int j = 0; j < kSlotsAtOnce; ++j) {
-        if (j < count && !(of_key && turns(source(j)))) reinterpret_cast<uint4*>((of_key ? new_k : new_v) + j * p.dim)[at] = packet[j];
+        if (j >= count || (of_key && turns(source(j)))) continue;
+        reinterpret_cast<uint4*>((of_key ? new_k : new_v) + j * p.dim)[at] = packet[j];
       }
     }
   } else {
@@ -78,7 +78,8 @@ __device__ inline void copy_slots(const BankScanForward& p, const ScanView<T>& v
 
 // The same of slots of the ring: new tokens, or what they held.
 template <class T>
-__device__ inline void copy_ring_slots(const BankScanForward& p, const ScanView<T>& view, int head, int slot0, int count, bool wide) {
+__device__ inline void copy_ring_slots(const BankScanForward& p, const ScanView<T>& view, int head, int slot0, int count,
+                                       bool wide) {
   const int64_t end = view.span.end(), position = ring_position(end, slot0, p.window);
   copy_slots<T, false>(p, view, head, slot0, count, [&](int i) {
     const int64_t mine = position + i < end ? position + i : position + i - p.window;

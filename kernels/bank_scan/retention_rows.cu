@@ -29,8 +29,8 @@ int staged_lists(const RetentionScan& p) {
   return std::max(static_cast<int>(kStagedLimit / (std::max(p.capacity, 1) * sizeof(int32_t))), 1);
 }
 
-// Follows the slots [begin, end), of which those below 0 are none, through the first `count` segments of a sequence, which start at
-// `segment`: calls found(slot, rank) with the rank that what is in a slot has then. The whole block; ends with a barrier.
+// Follows the slots [begin, end), of which those below 0 are none, through the first `count` segments of a sequence, which start
+// at `segment`: calls found(slot, rank) with the rank that what is in a slot has then. The whole block; ends with a barrier.
 template <class Found>
 __device__ inline void follow_slots(const RowsParams& p, int32_t* staged, int64_t state, int64_t segment, int count, int begin,
                                     int end, Found found) {
@@ -79,7 +79,9 @@ __device__ inline void write_rows(const RowsParams& p, const SegmentPlan& plan, 
     bring(p, work.until + e, p.bank_until + row * capacity + e);
   }
 #pragma unroll 1
-  for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) bring(p, work.stay + c, p.token_stay + row * p.segment_tokens + c);
+  for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) {
+    bring(p, work.stay + c, p.token_stay + row * p.segment_tokens + c);
+  }
   const int before = plan.before(p);
   if (before == 0) wait_brought();
   follow_slots(p, work.staged, sequence.state_row(p, group), row - static_cast<int64_t>(before) * p.gate_groups, before,
@@ -101,7 +103,8 @@ __device__ inline void write_rows(const RowsParams& p, const SegmentPlan& plan, 
 }
 
 // The sources of the exact slots [slot0, end) of one KV head, which the new state gets. The whole block.
-__device__ inline void find_sources(const RowsParams& p, int n, int head, int slot0, int end, const RowsMemory& work, int* source_of) {
+__device__ inline void find_sources(const RowsParams& p, int n, int head, int slot0, int end, const RowsMemory& work,
+                                    int* source_of) {
   const int group = p.gate_groups == 1 ? 0 : head, sinks = p.num_sinks;
   const auto plan = SequencePlan::of(p, n);
   const int64_t state = plan.state_row(p, group);
@@ -117,12 +120,12 @@ __device__ inline void find_sources(const RowsParams& p, int n, int head, int sl
     put(j, source, source < 0 ? -1 : j);
   }
   const int32_t* ids = (count > 0 ? p.last_id : p.carried_id) + state * p.capacity;
-  follow_slots(p, work.staged, state, static_cast<int64_t>(plan.segment0(p)) * p.gate_groups + group, count, slot0 - sinks,
-               end - sinks, [&](int slot, int rank) {
-                 const int id = ids[rank];
-                 put(sinks + slot, plan.source_of_id(p, id),
-                     id >= 0 ? plan.evicted + id : id == -1 ? -1 : p.exact_pos[state * p.exact_slots + sinks - 2 - id]);
-               });
+  const int64_t segment = static_cast<int64_t>(plan.segment0(p)) * p.gate_groups + group;
+  follow_slots(p, work.staged, state, segment, count, slot0 - sinks, end - sinks, [&](int slot, int rank) {
+    const int id = ids[rank];
+    put(sinks + slot, plan.source_of_id(p, id),
+        id >= 0 ? plan.evicted + id : id == -1 ? -1 : p.exact_pos[state * p.exact_slots + sinks - 2 - id]);
+  });
 }
 
 __host__ __device__ inline int parts_of(const RowsParams& p) {
@@ -175,7 +178,7 @@ cudaError_t retention_rows(const RetentionScan& scan, DType dtype, cudaStream_t 
     using T = decltype(zero);
     p.wide = wide_rows<T>(p);
     return launch(retention_rows_kernel<T>, dim3(static_cast<unsigned>(blocks(p))), kThreads, shared_part(p.block_bytes),
-                         stream, p);
+                  stream, p);
   });
 }
 

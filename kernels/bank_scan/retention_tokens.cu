@@ -131,8 +131,8 @@ struct SegmentTokens {
   }
 };
 
-// The first blocks order the banks that sequences came with, then come those that order the tokens that leave the ring in a segment.
-// The last ones copy the ring into the new state, while there is room beside the others.
+// The first blocks order the banks that sequences came with, the next the tokens that leave the ring in a segment. The last ones
+// copy the ring into the new state, while there is room beside the others.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(TokensParams p) {
   using A = acc_t<T>;
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(TokensPar
   int block = static_cast<int>(blockIdx.x);
   if (block >= states + cuts) {
     block -= states + cuts;
-    const int parts = parts_of(p.window, p.per_warp), slot = (block % parts * kWarps + warp_id()) * p.per_warp, row = block / parts;
+    const int parts = parts_of(p.window, p.per_warp), row = block / parts;
+    const int slot = (block % parts * kWarps + warp_id()) * p.per_warp;
     if (slot >= p.window) return;
     copy_ring_slots(p, ScanView<T>(p, row / p.kv_heads), row % p.kv_heads, slot, min(p.per_warp, p.window - slot), p.wide);
     return;

@@ -84,8 +84,8 @@ struct MergeMemory : SegmentMemory {
         list(carver.take<uint64_t>(2 * at_once * listed)), id(carver.take<int>(2 * at_once * listed)) {}
 };
 
-// Merges each two neighbours of the row of lists at `from` into the best `length` of both, at `to`, the last one alone where their
-// number is odd. Between equal keys what comes from the later list wins: the later token.
+// Merges each two neighbours of the row of lists at `from` into the best `length` of both, at `to`, the last one alone where
+// their number is odd. Between equal keys what comes from the later list wins: the later token.
 __device__ inline void merge_neighbours(const MergeMemory& work, int from, int to, int lists, int length) {
   const int parts = words_of(length);
   int list = warp_id() / parts, part = warp_id() % parts;
@@ -146,7 +146,8 @@ __device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan,
       const uint64_t mine = i < 0 ? work.bank[now + e] : work.list[from + i];
       const int id = i < 0 ? work.bank_id[now + e] : work.id[from + i];
       // Between equal keys the later token wins, and that is the one from the lists.
-      const int rank = i < 0 ? e + count_above(work.list + from, listed, mine - 1) : i + count_above(work.bank + now, capacity, mine);
+      const int rank = i < 0 ? e + count_above(work.list + from, listed, mine - 1)
+                             : i + count_above(work.bank + now, capacity, mine);
       if (rank >= capacity) continue;
       work.bank[next + rank] = mine;
       work.bank_id[next + rank] = id;

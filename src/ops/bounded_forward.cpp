@@ -14,8 +14,8 @@ namespace {
 
 using Result = std::tuple<at::Tensor, std::vector<at::Tensor>>;
 
-// 0, length, 2 length, ...: one launch where the numbers are known, and for a compiler to fuse where they are symbols, of which it
-// could not tell how many this gives.
+// 0, length, 2 length, ...: one launch where the numbers are known; where they are symbols, of which a compiler could not tell how
+// many that gives, two for it to fuse.
 at::Tensor ends_of(const c10::SymInt& rows, const c10::SymInt& length, const at::TensorOptions& options) {
   const auto known_rows = rows.maybe_as_int(), known_length = length.maybe_as_int();
   if (!known_rows || !known_length) return at::arange(rows + 1, options).mul(length);

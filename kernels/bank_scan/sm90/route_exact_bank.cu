@@ -29,29 +29,19 @@ struct alignas(16) RouteShared {
   int64_t time[kSlots + kRows];    // last touch of the slots, then position of the candidates
 };
 
-// The mean cosines of all candidates, one a thread, then their best slots. The whole block; ends with a barrier.
+// The mean cosines of one candidate, its best slot among them. One warp.
 template <class Shared>
-__device__ void score_candidates(const RouteExactBankParams& p, Shared& work, int columns) {
+__device__ void score_candidate(const RouteExactBankParams& p, Shared& work, int c) {
   const float reciprocal = 1.0f / static_cast<float>(p.kv_heads);
+  const float* sent = work.cosine[0][c / kTileRows] + c % kTileRows * kTileColumns;
   constexpr int stride = sizeof(work.cosine[0]) / sizeof(float);
-  const int batches = (p.candidates + kTileRows - 1) / kTileRows, tiles = columns / kTileColumns;
-#pragma unroll 1
-  for (int item = threadIdx.x; item < batches * tiles * kTile; item += blockDim.x) {
-    const int batch = item / kTile / tiles, group = item / kTile - batch * tiles;
-    const int slot_groups = (p.slots + kTileColumns - 1) / kTileColumns;
-    const int tile = group < slot_groups ? group : Shared::kSlotGroups + group - slot_groups;
-    const int c = batch * kTileRows + lane_id() / kTileColumns, column = tile * kTileColumns + lane_id() % kTileColumns;
-    const float mean = head_mean(work.cosine[0][batch] + tile * kTilePitch + lane_id(), stride, p.kv_heads, reciprocal);
-    const bool scored = column >= Shared::kSlots || (column < p.slots && work.used[column]);
-    work.key[c][column] = scored ? score_key(mean) : 0;
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int c = warp_id(); c < p.candidates; c += warp_count()) {
-    const Match match = best_match(p.slots, [&](int j) { return work.key[c][j]; });
-    if (lane_id() == 0) work.match[c] = match;
-  }
-  __syncthreads();
+  const auto key = [&](int column) {
+    const float* from = sent + column / kTileColumns * kTilePitch + column % kTileColumns;
+    return score_key(head_mean(from, stride, p.kv_heads, reciprocal));
+  };
+  if (lane_id() < p.candidates) work.key[c][Shared::kSlots + lane_id()] = key(Shared::kSlots + lane_id());
+  const Match match = best_match(p.slots, [&](int j) { return work.key[c][j] = work.used[j] ? key(j) : 0; });
+  if (lane_id() == 0) work.match[c] = match;
 }
 
 template <class Shared>
@@ -121,7 +111,9 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
     time = last < p.slots ? p.last_touch[b * p.slots + last] : p.position[b * p.candidates + last - p.slots];
     used = last < p.slots && p.used[b * p.slots + last];
   }
-  if (head == 0 && warp_id() == 0 && lane_id() < p.candidates) gate = read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id());
+  if (head == 0 && warp_id() == 0 && lane_id() < p.candidates) {
+    gate = read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id());
+  }
   int group = warp_id();
   if (group < slot_groups) load_slots(group);  // underway with the candidates
   for (int i = warp_count() - 1 - warp_id(); i < batches * kTileRows; i += warp_count()) {
@@ -161,7 +153,8 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) route_exact_bank_kernel(Rou
   }
   if (head != 0) return;
   hopper::wait(&arrived, 0);
-  score_candidates(p, work, groups * kTileColumns);
+  for (int c = warp_id(); c < p.candidates; c += warp_count()) score_candidate(p, work, c);
+  __syncthreads();
   if (warp_id() != 0) return;
   decide(p, work, gate, b);
 }
