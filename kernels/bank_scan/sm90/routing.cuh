@@ -24,6 +24,9 @@ __device__ inline uint32_t score_key(float score) {
   const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
   return score == score ? key : kNanKey;
 }
+__device__ inline float score_of(uint32_t key) {
+  return __uint_as_float(key ^ ((key & 0x80000000u) != 0 ? 0x80000000u : ~0u));
+}
 // The least float that is not below tau: x < tau in float64 and x < float_threshold(tau) are the same for every float x.
 __device__ inline float float_threshold(double tau) { return __double2float_ru(tau); }
 
@@ -85,6 +88,19 @@ __device__ inline Match best_match(int slots, Key key) {
   return {top, __reduce_min_sync(kAllLanes, best == top ? slot : slots)};
 }
 
+constexpr int kStale = 1 << 8;  // mark of a best slot that was overwritten
+
+// Slot `to` was filled by what scores `met`: it may be the best now, or have been. A stale match keeps its key, which nothing
+// else exceeds.
+__device__ inline void meet(Match& match, uint32_t met, int to) {
+  const int mine = match.slot & (kStale - 1);
+  if (met > match.key || (met == match.key && to <= mine)) {
+    match = {met, to};
+  } else if (to == mine) {
+    match.slot |= kStale;
+  }
+}
+
 // The order in which slots were last touched, and the sequential rule; in the registers of one warp.
 struct SlotQueue {
   uint32_t stamp[kPerLane];  // order of the last touch, then slot; free ones first, sinks and what is no slot never
@@ -107,7 +123,6 @@ struct SlotQueue {
   template <class Order, class Gram, class Key>
   __device__ RouteAction route(const NoveltyRule& rule, unsigned candidates, Match match, Order order, Gram gram, Key key,
                                int* filled, int& slot) {
-    constexpr int stale = 1 << 8;  // mark of a best slot that was overwritten
     const uint32_t novel = score_key(float_threshold(rule.tau_novel)), matching = score_key(float_threshold(rule.tau_match));
     RouteAction action = kSkip;
     slot = -1;
@@ -118,7 +133,7 @@ struct SlotQueue {
       uint32_t best = __shfl_sync(kAllLanes, match.key, i);
       int found = __shfl_sync(kAllLanes, match.slot, i);
       const bool routed = candidates & 1;
-      if (found >= stale && routed) {
+      if (found >= kStale && routed) {
         __syncwarp();
         const Match again = best_match(rule.slots, [&](int j) {
           uint32_t now = key(i, j);
@@ -142,12 +157,7 @@ struct SlotQueue {
         slot = to;
         action = !routed ? kSkip : !known ? kInsert : refreshes ? kRefresh : kTouch;
       }
-      const int mine = match.slot & (stale - 1);
-      if (fills && (met > match.key || (met == match.key && to <= mine))) {
-        match = {met, to};
-      } else if (fills && to == mine) {
-        match.slot |= stale;
-      }
+      if (fills) meet(match, met, to);
     }
     return action;
   }

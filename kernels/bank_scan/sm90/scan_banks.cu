@@ -6,12 +6,12 @@
 namespace coda::kernels::sm90 {
 namespace {
 
-constexpr int kThreads = 512, kBarriers = 5;
+constexpr int kThreads = 512, kBarriers = 6;
 
 // The clusters of the summary bank, which take longer, come first; then those of the exact bank, one of each for each sequence.
 template <class T, int kParts>
 __global__ void __launch_bounds__(kThreads) scan_banks_kernel(BankScan p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t barriers[kBarriers];
   const int64_t cluster = blockIdx.x / p.kv_heads, summaries = p.banks.summary ? p.sequences : 0;
   if (cluster < summaries) {
@@ -53,7 +53,8 @@ size_t scan_banks_workspace(const BankScanParams& p, Banks banks) {
 }
 
 cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, cudaStream_t stream) {
-  const BankScan p{params, banks};
+  Carver carver(params.workspace);
+  const BankScan p{params, banks, CandidateLists(carver, params, banks)};
   if (const auto status = list_candidates(p, dtype, stream); status != cudaSuccess) return status;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
