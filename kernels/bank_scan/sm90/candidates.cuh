@@ -49,6 +49,10 @@ struct CandidateLists {
   }
 };
 
+// Threads of a block where `blocks` of a cluster have one KV head: of the summary bank a warp for every four slots, of the exact bank
+// one that applies the rule and others that compare.
+constexpr int block_threads(int blocks) { return blocks == 1 ? 512 : 288; }
+
 struct BankScan : BankScanForward {
   Banks banks;
   CandidateLists lists;  // in the workspace

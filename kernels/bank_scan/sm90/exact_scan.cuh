@@ -18,19 +18,20 @@ struct alignas(16) ExactShared {
   uint32_t key[2][kTileRows][kSlots];      // of the mean cosines with the slots
   Match match[2][kTileRows];               // best slot
   int verdict[2][kTileRows];               // slot of each candidate, plus kTouched where it was only touched; kNone
-  int filled[2][kWarp];                    // slot that each candidate filled, -1 if none
+  alignas(16) int filled[2][kWarp];        // slot that each candidate filled, -1 if none
   int64_t time[kSlots + kTileRows];  // last touch; then position of the candidates
 };
 
 // One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
 // all alike. Warp 0 decides about a chunk while the others compare the next one with the bank as it stood before this chunk: what
 // fills its slots since then are candidates of this chunk, and how those compare is known beforehand.
-template <class T, int kParts>
+template <class T, int kParts, int kBlocks>
 class ExactScan {
  public:
   __device__ ExactScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)),
-        sent(barriers), fetched(barriers + 2), head(cluster_rank()),
+        sent(barriers), fetched(barriers + 2), rank(cluster_rank()), head(rank / kBlocks),
+        part(rank % kBlocks),
         heads(params.kv_heads), slots(params.exact_slots), sinks(params.num_sinks),
         chunks(static_cast<int>(view.span.chunks)), groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
         bytes(static_cast<uint32_t>(params.kv_heads * groups * kTile * sizeof(float))) {}
@@ -78,7 +79,7 @@ class ExactScan {
       if (last >= 0) take_in(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
     }
     write_index(p.source + view.n * slots);
-    if (head != 0) return;
+    if (rank != 0) return;
     if (const int j = own_slot(); j >= 0 && j < slots) {
       p.new_exact_pos[view.n * slots + j] = position_;
       p.new_last_touch[view.n * slots + j] = time_;
@@ -94,7 +95,7 @@ class ExactScan {
   using Shared = ExactShared<T, kDim>;
   static constexpr int kBuffers = Shared::kBuffers, kSlots = Shared::kSlots, kSent = Shared::kSent;
   static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
-  static constexpr int kComparing = 15;  // warps, all but the first
+  static constexpr int kComparing = block_threads(kBlocks) / kWarp - 1;  // warps, all but the first
   static __device__ int comparer() { return warp_id() - 1; }
   // The slot that this thread keeps, negative if none.
   static __device__ int own_slot() { return static_cast<int>(threadIdx.x) - kWarp; }
@@ -135,21 +136,29 @@ class ExactScan {
         load();
       }
       Match match = work.match[turn][c];
+      const auto put = [&](int j, uint32_t met) {
+        if (lane_id() < kTileRows) work.key[turn][c][j] = met;
+      };
+      uint32_t compared[kTileRows];
+      int fills[kTileRows];
+#pragma unroll
+      for (int i = 0; i < kTileRows; i += 4) {
+        const uint4 keys = *reinterpret_cast<const uint4*>(chunk.before + c * kTileRows + i);
+        const int4 slots = *reinterpret_cast<const int4*>(before + i);
+        compared[i] = keys.x, compared[i + 1] = keys.y, compared[i + 2] = keys.z, compared[i + 3] = keys.w;
+        fills[i] = slots.x, fills[i + 1] = slots.y, fills[i + 2] = slots.z, fills[i + 3] = slots.w;
+      }
 #pragma unroll
       for (int i = 0; i < kTileRows; ++i) {
-        if (before[i] >= 0) meet(match, chunk.before[c * kTileRows + i], before[i]);
+        if (fills[i] < 0) continue;
+        meet(match, compared[i], fills[i]);
+        put(fills[i], compared[i]);
       }
       int slot;
       const RouteAction action = queue.route(
           rule, candidates, match, [&](int j) { return counted ? order + j : order_of(kSlots + j); },
           [&](int candidate, int other) { return chunk.gram[candidate % kTileRows * kTileRows + other]; },
-          [&](int candidate, int j) {
-            uint32_t key = work.key[turn][candidate][j];
-#pragma unroll 1
-            for (int i = 0; i < kTileRows; ++i) key = before[i] == j ? chunk.before[candidate * kTileRows + i] : key;
-            return key;
-          },
-          filled, slot);
+          [&](int candidate, int j) { return work.key[turn][candidate][j]; }, filled, slot, put);
       if (lane_id() < kTileRows) work.verdict[turn][c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
       const int inserted = __popc(__ballot_sync(kAllLanes, action == kInsert));
       scan.inserts_ += inserted;
@@ -203,7 +212,7 @@ class ExactScan {
 
   __device__ void write_index(int32_t* to) const {
     const int j = own_slot();
-    if (head == 0 && j >= 0 && j < slots) to[j] = position_ >= 0 ? source_ : -1;
+    if (rank == 0 && j >= 0 && j < slots) to[j] = position_ >= 0 ? source_ : -1;
   }
 
   // All warps but the first: scores of the chunk's candidates with the slots as they are.
@@ -221,7 +230,7 @@ class ExactScan {
 #pragma unroll 1
     for (int c = 0; c < pinned; ++c) {
       const int j = static_cast<int>(evicted) + c;
-      if (j / kTileColumns % kComparing == comparer()) hold(j, view.value(view.source_of(j), head));
+      if (const int group = j / kTileColumns; group % kBlocks == part && group / kBlocks % kComparing == comparer()) hold(j, view.value(view.source_of(j), head));
       used_ |= (j % kWarp == lane_id()) << (j / kWarp);
     }
     __syncwarp();
@@ -231,7 +240,7 @@ class ExactScan {
   __device__ void compare(const ExactCandidates<T, kDim>& chunk, int turn) const {
     const float candidate_norm = chunk.norm[lane_id() / kTileColumns];
 #pragma unroll 1
-    for (int group = comparer(); group < groups; group += kComparing) {
+    for (int group = part + comparer() * kBlocks; group < groups; group += kComparing * kBlocks) {
       float column[kTileColumns][kParts];
 #pragma unroll
       for (int j = 0; j < kTileColumns; ++j) load_packed_row(column[j], work.slot + (group * kTileColumns + j) * kDim);
@@ -240,7 +249,7 @@ class ExactScan {
       const float cosine = div_rn(dot, mul_rn(candidate_norm, work.norm[group * kTileColumns + lane_id() % kTileColumns]));
       const float* to = work.cosine[turn][head] + group * kTilePitch + lane_id();
 #pragma unroll 1
-      for (int block = 0; block < heads; ++block) send(remote_address(to, block), cosine, remote_address(sent + turn, block));
+      for (int block = 0; block < heads * kBlocks; ++block) send(remote_address(to, block), cosine, remote_address(sent + turn, block));
     }
   }
 
@@ -280,7 +289,7 @@ class ExactScan {
     }
     const int mine = work.verdict[turn][lane_id() / kTileColumns];
 #pragma unroll 1
-    for (int group = comparer(); group < groups; group += kComparing) {
+    for (int group = part + comparer() * kBlocks; group < groups; group += kComparing * kBlocks) {
       unsigned fills = __ballot_sync(kAllLanes, mine == group * kTileColumns + lane_id() % kTileColumns);
 #pragma unroll 1
       for (; fills != 0; fills &= fills - 1) {  // of two candidates for one slot the later one stays
@@ -297,7 +306,7 @@ class ExactScan {
   const ScanView<T> view;
   Shared& work;
   uint64_t *sent, *fetched;  // barriers (2) and (4): cosines of all heads, and candidates
-  const int head, heads, slots, sinks, chunks, groups;
+  const int rank, head, part, heads, slots, sinks, chunks, groups;
   const uint32_t bytes;
   unsigned used_ = 0;  // bit u for slot lane + 32 u
   int64_t position_ = -1, time_ = 0;  // of this thread's slot

@@ -9,12 +9,13 @@
 namespace coda::kernels::sm90 {
 
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
-constexpr int kSummaryWarps = 16, kWarpSlots = kSummaryRows / kSummaryWarps;  // a warp keeps neighbouring slots
+constexpr int kWarpSlots = 4;    // neighbouring slots that a warp keeps
 constexpr int kGroupSlots = 32;  // that a warpgroup compares with the candidates
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
-// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each of 17 addends,
-// none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every addend: 2^-14.8 together.
-constexpr float kMargin = 0x1p-13f;
+// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the D / 16 accumulations of the high parts, D 128,
+// each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every addend, and
+// those of the low parts are less by 2^-8: 2^-15.5 together, with what norms, quotients and the sums of fixed order add.
+constexpr float kMargin = 0x1p-14f;
 
 // What the lists say of a chunk's candidates.
 struct alignas(16) CandidateList {
@@ -36,38 +37,42 @@ struct alignas(1024) SummaryShared {
   CandidateList list[kLists];
   uint32_t gram[kSummaryRows * kSummaryRows];  // keys of the mean cosines of candidates
   Match best[kSummaryRows];                    // in fixed order
-  int choice[kSummaryRows];                    // slot of each candidate, -1 where the tensor cores leave it open
+  int choice[kSummaryRows];                    // what the tensor cores say of each candidate, see settle
   int open[kSummaryRows];                      // candidates to be compared in fixed order
   int slot[kSummaryRows];                      // the decision where slots were claimed
   float mass[kSummaryRows];
   float cosine[2 * kSummaryRows];  // (Hkv, owned, 128) what each head sent: of slots, then of candidates
 
-  // Rows of candidates that one block sums over the heads, the most.
-  static __host__ __device__ int owned(int heads) { return (kSummaryRows / kTileRows + heads - 1) / heads * kTileRows; }
-  static __host__ __device__ size_t bytes(int heads) {
-    return offsetof(SummaryShared, cosine) + sizeof(cosine) * heads * owned(heads);
+  // Rows of candidates that one block sums over the heads, the most; `blocks` blocks a head get them in batches.
+  static __host__ __device__ int owned(int heads, int blocks) {
+    const int batch = kTileRows / blocks, all = heads * blocks;
+    return (kSummaryRows / batch + all - 1) / all * batch;
+  }
+  static __host__ __device__ size_t bytes(int heads, int blocks) {
+    return offsetof(SummaryShared, cosine) + sizeof(cosine) * heads * owned(heads, blocks);
   }
 };
 
 // One block of a cluster that walks the chunks of one sequence. A warp keeps its slots in registers, each lane kParts neighbouring
 // elements. What others wait for, values and who goes where, comes first; keys and snapshots follow while scores travel.
-template <class T, int kParts>
+template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)),
-        scored(barriers), decided(barriers + 1), head(cluster_rank()),
-        heads(params.kv_heads), slots(params.summary_slots), first(warp_id() * kWarpSlots),
-        chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads)),
+        scored(barriers), decided(barriers + 1), met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads), slots(params.summary_slots),
+        first(part * kSlots + warp_id() * kWarpSlots),
+        chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
         stay(sigmoid(-static_cast<const float*>(params.eta_logit)[head])) {}
 
   __device__ void run() {
     const Span& span = view.span;
     if (threadIdx.x == 0) {
-      for (auto* barrier : {scored, decided}) hopper::init_barrier(barrier, 1);
+      for (auto* barrier : {scored, decided, met}) hopper::init_barrier(barrier, 1);
       hopper::fence_barrier_init();
     }
     cluster_arrive();
+    if (warp_id() >= kWarps) return cluster_wait();
     Slots bank;
     load_state(bank);
     int i = 0;
@@ -92,7 +97,11 @@ class SummaryScan {
       const int after = values == 2 ? 0 : values + 1, later = after == 2 ? 0 : after + 1;
       if (free > 0) free = free_slots();  // a slot once in use stays so
       CandidateList& here = list_at(0);
-      if (count > 0 && free < slots) approximate(work.value[values], here.norm, count);
+      if (count > 0 && free < slots) {
+        if (const int rows = owned_count(count); rows > 0) expect(scored, heads * rows * slots * static_cast<int>(sizeof(float)));
+        expect(decided, count * static_cast<int>(sizeof(int)));
+        approximate(work.value[values], here.norm, count);
+      }
       // While the scores travel: what the last chunk left to do, and what the next ones need.
       if (turn > 0) {
         move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(Shared::kLists - 1).gate);
@@ -106,7 +115,8 @@ class SummaryScan {
       if (count > 0) {
         const Choice choice = choose(bank, work.value[values], here.norm, count, free);
         move_values(bank, moves, choice, work.value[values], here.gate);
-        if (head == 0 && warp_id() == 0) {
+        if (free > 0) mark_used(choice);
+        if (rank == 0 && warp_id() == 0) {
           int32_t* to = p.assignment + (span.row0 + i) * p.chunk;
           const int* offset = here.offset;
           if (lane_id() < count) to[offset[lane_id()]] = choice.slot[0];
@@ -134,8 +144,10 @@ class SummaryScan {
 
  private:
   static constexpr int kDim = kParts * kWarp;
+  // Of one block: its slots, its warps, and how many neighbouring candidates' scores it sums.
+  static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kSlots / kWarpSlots, kBatch = kTileRows / kBlocks;
   using Shared = SummaryShared<T, kDim>;
-  static constexpr int kLoads = kWarpSlots * kDim / (kWarp * kPacket);  // packets of 16 bytes that a lane fetches
+  static constexpr int kLoads = kSummaryRows / kWarps * kDim / (kWarp * kPacket);  // packets of 16 bytes that a lane fetches
   struct Slots {
     float k[kWarpSlots][kParts], v[kWarpSlots][kParts];
     float mass;  // of slot lane % 4
@@ -155,13 +167,14 @@ class SummaryScan {
     ampere::wait_copies<0>();
     hopper::fence_async_proxy();
   }
-  static __device__ void sync() { hopper::sync_threads(1, kSummaryWarps * kWarp); }
+  static __device__ void sync() { hopper::sync_threads(1, kWarps * kWarp); }
+  __device__ bool holds(int slot) const { return slot / kSlots == part; }
 
   __device__ void load_state(Slots& bank) const {
     const float* mass = static_cast<const float*>(p.state_summary_mass) + view.n * slots;
     bank.mass = 0.0f;
     if (const int j = first + lane_id() % kWarpSlots; j < slots) bank.mass = mass[j];
-    if (lane_id() < kWarpSlots) work.mass[first + lane_id()] = bank.mass;
+    for (int j = threadIdx.x; j < slots; j += kWarps * kWarp) work.mass[j] = mass[j];
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
       const float here = __shfl_sync(kAllLanes, bank.mass, s);
@@ -240,7 +253,9 @@ class SummaryScan {
 
   // A warp fetches as many rows as it has slots; which packet of which row is this lane's.
   static constexpr int kRowPackets = kDim / kPacket;
-  __device__ int fetched_row(int load) const { return first + (load * kWarp + lane_id()) / kRowPackets; }
+  __device__ int fetched_row(int load) const {
+    return warp_id() * (kSummaryRows / kWarps) + (load * kWarp + lane_id()) / kRowPackets;
+  }
   static __device__ int fetched_element() { return lane_id() % kRowPackets * kPacket; }
   __device__ void fetch(T* to, const void* from) const {
     if (from != nullptr) ampere::copy_packet(to, static_cast<const T*>(from) + fetched_element(), true);
@@ -283,21 +298,38 @@ class SummaryScan {
     }
   }
 
+  // Of the slots of other blocks only this is known.
+  __device__ void mark_used(const Choice& choice) const {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      if (choice.slot[u] >= 0 && !holds(choice.slot[u])) work.mass[choice.slot[u]] = 1.0f;
+    }
+  }
   __device__ int free_slots() const {
     const auto is_free = [&](int j) { return j < slots && !(work.mass[j] > 0.0f); };
     return __popc(__ballot_sync(kAllLanes, is_free(lane_id()))) + __popc(__ballot_sync(kAllLanes, is_free(lane_id() + kWarp)));
   }
 
-  // Candidate c's scores are summed by one block: that of batch c / 8.
-  __device__ int owner(int c) const { return c / kTileRows % heads; }
-  __device__ int owned_row(int c) const { return c / kTileRows / heads * kTileRows + c % kTileRows; }
+  // Candidate c's scores are summed by one block, which has whole batches of neighbours.
+  __device__ int blocks() const { return heads * kBlocks; }
+  // Where there are blocks for all batches, as with 8 heads, nothing is divided.
+  __device__ int owner(int c) const {
+    const int at = c / kBatch;
+    return at < blocks() ? at : at % blocks();
+  }
+  __device__ int owned_row(int c) const {
+    const int at = c / kBatch, row = c % kBatch;
+    return at < blocks() ? row : at / blocks() * kBatch + row;
+  }
   __device__ int owned_count(int count) const {
     int rows = 0;
-    for (int first = head * kTileRows; first < count; first += heads * kTileRows) rows += min(kTileRows, count - first);
+    for (int c = rank * kBatch; c < count; c += blocks() * kBatch) rows += min(kBatch, count - c);
     return rows;
   }
   // The candidate of this block's r-th row.
-  __device__ int candidate_of_row(int r) const { return (r / kTileRows * heads + head) * kTileRows + r % kTileRows; }
+  __device__ int candidate_of_row(int r) const {
+    return (r / kBatch * blocks() + rank) * kBatch + r % kBatch;
+  }
   __device__ float* sent(int from, int row) const { return work.cosine + (from * owned + row) * 2 * kSummaryRows; }
   __device__ float mean_of(int row, int column) const {
     return head_mean(sent(0, row) + column, owned * 2 * kSummaryRows, heads, 1.0f / static_cast<float>(heads));
@@ -318,8 +350,8 @@ class SummaryScan {
 
   // Cosines of all candidates and slots by the tensor cores, 32 slots a warpgroup; sent to the blocks that sum them.
   __device__ void approximate(const T* value, const float* norm, int count) const {
-    const int group = warp_id() / 4, g = lane_id() / 4, j = group * kGroupSlots + lane_id() % 4 * 8;
-    if (group >= 2 || group * kGroupSlots >= slots) return;
+    const int group = warp_id() / 4 + part, g = lane_id() / 4, j = group * kGroupSlots + lane_id() % 4 * 8;
+    if (warp_id() / 4 >= kSlots / kGroupSlots || group * kGroupSlots >= slots) return;
     float d[32];
     const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
     hopper::begin_products();
@@ -359,8 +391,12 @@ class SummaryScan {
     }
   }
 
-  // Tells all blocks the slot of this block's r-th candidate if rounding cannot change it, else -1. While slots are free, it must
-  // not claim one either. One warp.
+  // What is told of a candidate: its slot, -1 where it is open, or which two slots alone are left.
+  static __device__ int told(int a, int b) { return -2 - (a | b << 8); }
+  static __device__ int left(int choice, int which) { return (-2 - choice) >> (8 * which) & 0xff; }
+
+  // Tells all blocks the slot of this block's r-th candidate if rounding cannot change it. While slots are free, it must not claim
+  // one either. One warp.
   __device__ void settle(int r, bool claims) const {
     const float margin = kMargin * static_cast<float>(heads), least = static_cast<float>(p.tau_spawn) * heads + margin;
     float score[2];
@@ -373,10 +409,15 @@ class SummaryScan {
     const float top = score_of(__reduce_max_sync(kAllLanes, max(score_key(score[0]), score_key(score[1]))));
 #pragma unroll
     for (int u = 0; u < 2; ++u) near[u] = __ballot_sync(kAllLanes, !(score[u] < top - margin));
-    const bool sure = __popc(near[0]) + __popc(near[1]) == 1 && fabsf(top) <= 2.0f * static_cast<float>(heads) &&
-                      (!claims || top > least);
-    const int choice = !sure ? -1 : near[0] ? __ffs(near[0]) - 1 : kWarp + __ffs(near[1]) - 1;
-    if (lane_id() < heads) {
+    const int nearest = __popc(near[0]) + __popc(near[1]);
+    const int lowest = near[0] ? __ffs(near[0]) - 1 : kWarp + __ffs(near[1]) - 1;
+    const int highest = near[1] ? 2 * kWarp - 1 - __clz(near[1]) : kWarp - 1 - __clz(near[0]);
+    int choice = -1;
+    if (fabsf(top) <= 2.0f * static_cast<float>(heads)) {
+      if (nearest == 1 && (!claims || top > least)) choice = lowest;
+      if (nearest == 2 && !claims && top > margin) choice = told(lowest, highest);
+    }
+    if (lane_id() < blocks()) {
       send(remote_address(work.choice + candidate_of_row(r), lane_id()), static_cast<uint32_t>(choice),
            remote_address(decided, lane_id()));
     }
@@ -391,17 +432,16 @@ class SummaryScan {
   __device__ Choice choose(Slots& bank, const T* value, const float* norm, int count, int free) {
     Choice choice{-1, -1};
     int open = count, rank[2] = {0, 0};
+    bool pairs = free == 0;
     if (free < slots) {
-      if (const int rows = owned_count(count); rows > 0) {
-        expect(scored, heads * rows * slots * static_cast<int>(sizeof(float)));
+      if (owned_count(count) > 0) {
         hopper::wait(scored, scored_parity_);
         scored_parity_ ^= 1;
         // First those warps that had nothing to multiply.
-        for (int r = warp_id() ^ kSummaryWarps / 2; r < owned; r += kSummaryWarps) {
+        for (int r = warp_id() ^ kWarps >> 1; r < owned; r += kWarps) {
           if (candidate_of_row(r) < count) settle(r, free > 0);
         }
       }
-      expect(decided, count * static_cast<int>(sizeof(int)));
       hopper::wait(decided, decided_parity_);
       decided_parity_ ^= 1;
       open = 0;
@@ -412,8 +452,13 @@ class SummaryScan {
         const unsigned mask = __ballot_sync(kAllLanes, c < count && choice.slot[u] < 0);
         rank[u] = open + __popc(mask & ((1u << lane_id()) - 1));
         open += __popc(mask);
+        pairs = pairs && !__any_sync(kAllLanes, c < count && choice.slot[u] == -1);
       }
       if (open == 0) return choice;
+    }
+    if (pairs) {
+      compare_pairs(choice, rank, value, norm, open);
+      return choice;
     }
     if (free > 0) {
       open = count;
@@ -436,7 +481,7 @@ class SummaryScan {
       expect(scored, heads * (rows * (slots + (free > 0 ? kSummaryRows : 0))) * static_cast<int>(sizeof(float)));
       hopper::wait(scored, scored_parity_);
       scored_parity_ ^= 1;
-      for (int r = warp_id(); r < owned; r += kSummaryWarps) {
+      for (int r = warp_id(); r < owned; r += kWarps) {
         if (candidate_of_row(r) < open) find_best(r, free > 0);
       }
     }
@@ -458,15 +503,55 @@ class SummaryScan {
     return choice;
   }
 
+  // Candidates of which two slots are left: every block gets both cosines of all heads.
+  __device__ void compare_pairs(Choice& choice, const int (&rank)[2], const T* value, const float* norm, int open) {
+    auto* cosine = reinterpret_cast<float*>(work.gram);  // (Hkv, 64, 2)
+#pragma unroll 1
+    for (int u = 0; u < 2; ++u) {
+      const int mine = u == 0 ? choice.slot[0] : choice.slot[1], place_of_mine = u == 0 ? rank[0] : rank[1];
+#pragma unroll 1
+      for (unsigned left_here = __ballot_sync(kAllLanes, mine < -1); left_here != 0; left_here &= left_here - 1) {
+        const int lane = __ffs(left_here) - 1, c = lane + u * kWarp;
+        const int two = __shfl_sync(kAllLanes, mine, lane), at = __shfl_sync(kAllLanes, place_of_mine, lane);
+#pragma unroll 1
+        for (int which = 0; which < 2; ++which) {
+          if ((2 * at + which) % kWarps != warp_id() || !holds(left(two, which))) continue;
+          float a[kParts], b[kParts];
+          load_candidate(a, value, c);
+          load_lane_row(b, work.v + left(two, which) * kDim);
+          const float other_norm = lane_norm(b), dot = warp_sum(lane_product<false>(a, b));
+          const float x = div_rn(dot, mul_rn(norm[c], other_norm));
+          if (lane_id() < blocks()) {
+            send(remote_address(cosine + (head * kSummaryRows + at) * 2 + which, lane_id()), x, remote_address(met, lane_id()));
+          }
+        }
+      }
+    }
+    expect(met, heads * open * 2 * static_cast<int>(sizeof(float)));
+    hopper::wait(met, met_parity_);
+    met_parity_ ^= 1;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      if (choice.slot[u] >= -1) continue;
+      const auto key = [&](int which) {
+        return score_key(
+            head_mean(cosine + rank[u] * 2 + which, 2 * kSummaryRows, heads, 1.0f / static_cast<float>(heads)));
+      };
+      choice.slot[u] = left(choice.slot[u], key(1) > key(0) ? 1 : 0);
+    }
+    __syncwarp();
+  }
+
   // Cosines in fixed order of the open candidates and all slots, and of the candidates with each other if some may claim a slot.
   __device__ void compare(const T* value, const float* norm, int open, bool claims) const {
-    const int slot_groups = (slots + kTileColumns - 1) / kTileColumns;
-    const int groups = slot_groups + (claims ? kSummaryRows / kTileColumns : 0);
+    const int base = part * kSlots, mine = min(slots - base, kSlots);
+    const int slot_groups = max(0, mine + kTileColumns - 1) / kTileColumns;
+    const int groups = slot_groups + (claims && part == 0 ? kSummaryRows / kTileColumns : 0);
     const auto candidate = [&](int c) { return work.open[min(c, open - 1)]; };
 #pragma unroll 1
-    for (int group = warp_id(); group < groups; group += kSummaryWarps) {
+    for (int group = warp_id(); group < groups; group += kWarps) {
       const bool of_slots = group < slot_groups;
-      const int column = (of_slots ? group : group - slot_groups) * kTileColumns;
+      const int column = of_slots ? base + group * kTileColumns : (group - slot_groups) * kTileColumns;
       float columns[kTileColumns][kParts];
 #pragma unroll
       for (int j = 0; j < kTileColumns; ++j) {
@@ -496,7 +581,7 @@ class SummaryScan {
   __device__ void find_best(int r, bool claims) const {
     const int c = candidate_of_row(r);
     const Match best = best_match(slots, [&](int j) { return work.mass[j] > 0.0f ? score_key(mean_of(r, j)) : 0; });
-    if (lane_id() < heads) {
+    if (lane_id() < blocks()) {
       send(remote_address(work.best + c, lane_id()), best.key, static_cast<uint32_t>(best.slot),
            remote_address(decided, lane_id()));
     }
@@ -504,7 +589,7 @@ class SummaryScan {
     const uint32_t a = score_key(mean_of(r, kSummaryRows + 2 * lane_id()));
     const uint32_t b = score_key(mean_of(r, kSummaryRows + 2 * lane_id() + 1));
 #pragma unroll 1
-    for (int block = 0; block < heads; ++block) {
+    for (int block = 0; block < blocks(); ++block) {
       send(remote_address(work.gram + c * kSummaryRows + 2 * lane_id(), block), a, b, remote_address(decided, block));
     }
   }
@@ -663,10 +748,11 @@ class SummaryScan {
   const BankScan& p;
   const ScanView<T> view;
   Shared& work;
-  uint64_t *scored, *decided;  // barriers: cosines of the candidates of this block, and what was decided about all
-  const int head, heads, slots, first, chunks, owned;  // first: slot of this warp
+  // Barriers: cosines of the candidates of this block, what was decided about all, and cosines of pairs.
+  uint64_t *scored, *decided, *met;
+  const int rank, head, part, heads, slots, first, chunks, owned;  // first: slot of this warp
   const float stay;  // 1 - eta
-  uint32_t scored_parity_ = 0, decided_parity_ = 0;
+  uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0;
 };
 
 }  // namespace coda::kernels::sm90
