@@ -49,9 +49,7 @@ struct CandidateLists {
   }
 };
 
-// Threads of a block where `blocks` of a cluster have one KV head: of the summary bank a warp for every four slots, of the exact bank
-// one that applies the rule and others that compare.
-constexpr int block_threads(int blocks) { return blocks == 1 ? 512 : 288; }
+constexpr int kScanThreads = 512;  // of a block of either bank
 
 struct BankScan : BankScanForward {
   Banks banks;

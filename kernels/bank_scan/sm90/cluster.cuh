@@ -45,10 +45,10 @@ __device__ inline void send(uint32_t to, uint32_t x, uint32_t y, uint32_t barrie
 __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
   send(to, __float_as_uint(x), __float_as_uint(y), barrier);
 }
-__device__ inline void send(uint32_t to, const float (&x)[4], uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-               "r"(__float_as_uint(x[0])), "r"(__float_as_uint(x[1])), "r"(__float_as_uint(x[2])),
-               "r"(__float_as_uint(x[3])), "r"(barrier)
+// Many bytes at once, both ends at multiples of 16; this thread's writes to `from` lie before a fence_async_proxy.
+__device__ inline void send_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(shared_address(from)), "r"(bytes), "r"(barrier)
                : "memory");
 }
 

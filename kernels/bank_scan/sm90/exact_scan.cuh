@@ -34,7 +34,9 @@ class ExactScan {
         part(rank % kBlocks),
         heads(params.kv_heads), slots(params.exact_slots), sinks(params.num_sinks),
         chunks(static_cast<int>(view.span.chunks)), groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
-        bytes(static_cast<uint32_t>(params.kv_heads * groups * kTile * sizeof(float))) {}
+        tiles((groups - part + kBlocks - 1) / kBlocks),
+        bytes(static_cast<uint32_t>((params.kv_heads * groups - tiles) * kTilePitch * sizeof(float))),
+        evicted0(view.span.chunk_start(0, params.chunk) - params.window) {}
 
   __device__ void run() {
     const Span& span = view.span;
@@ -55,7 +57,7 @@ class ExactScan {
     const bool counted = load_state(span.chunk_start(first, p.chunk) - p.window);
     for (int i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
     cluster_wait();
-    const auto evicted = [&](int i) { return span.chunk_start(i, p.chunk) - p.window; };
+    const auto evicted = [&](int i) { return evicted0 + i * static_cast<int64_t>(p.chunk); };
     if (warp_id() == 0) {
       Router router(*this, counted);
       __syncthreads();
@@ -95,7 +97,7 @@ class ExactScan {
   using Shared = ExactShared<T, kDim>;
   static constexpr int kBuffers = Shared::kBuffers, kSlots = Shared::kSlots, kSent = Shared::kSent;
   static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
-  static constexpr int kComparing = block_threads(kBlocks) / kWarp - 1;  // warps, all but the first
+  static constexpr int kComparing = kScanThreads / kWarp - 1;  // warps, all but the first
   static __device__ int comparer() { return warp_id() - 1; }
   // The slot that this thread keeps, negative if none.
   static __device__ int own_slot() { return static_cast<int>(threadIdx.x) - kWarp; }
@@ -220,8 +222,10 @@ class ExactScan {
     if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
     hopper::wait(fetched + at % kBuffers, at / kBuffers % 2);
     compare(chunk, turn);
-    hopper::wait(sent + turn, at / 2 % 2);
-    if (threadIdx.x == kWarp) hopper::arrive_expect(sent + turn, bytes);
+    if (bytes > 0) {  // not a single block
+      hopper::wait(sent + turn, at / 2 % 2);
+      if (threadIdx.x == kWarp) hopper::arrive_expect(sent + turn, bytes);
+    }
     // By those that come last to a second tile.
     if (const int c = comparer() - (kComparing - kTileRows); c >= 0) find_match(c, turn);
   }
@@ -247,10 +251,18 @@ class ExactScan {
       const float dot =
           tile_dots<true>(column, [&](float(&to)[kParts], int c) { load_packed_row(to, chunk.value + c * kDim); });
       const float cosine = div_rn(dot, mul_rn(candidate_norm, work.norm[group * kTileColumns + lane_id() % kTileColumns]));
-      const float* to = work.cosine[turn][head] + group * kTilePitch + lane_id();
-#pragma unroll 1
-      for (int block = 0; block < heads * kBlocks; ++block) send(remote_address(to, block), cosine, remote_address(sent + turn, block));
+      work.cosine[turn][head][tile(group) + lane_id()] = cosine;
     }
+    hopper::fence_async_proxy();
+    hopper::sync_threads(1, kComparing * kWarp);
+    if (comparer() != 0 || lane_id() >= heads * kBlocks || lane_id() == rank || tiles == 0) return;
+    const float* from = work.cosine[turn][head] + tile(part);
+    send_bytes(remote_address(from, lane_id()), from, static_cast<uint32_t>(tiles * kTilePitch * sizeof(float)),
+               remote_address(sent + turn, lane_id()));
+  }
+  // Where a group's tile lies: those of a block together.
+  static __device__ int tile(int group) {
+    return (group % kBlocks * (kSlots / kTileColumns / kBlocks) + group / kBlocks) * kTilePitch;
   }
 
   // The best slot of candidate c. One warp.
@@ -258,7 +270,7 @@ class ExactScan {
     const float reciprocal = 1.0f / static_cast<float>(heads);
     const float* from = work.cosine[turn][0] + c * kTileColumns + lane_id() % kTileColumns;
     const Match match = best_match(slots, [&](int j) {
-      const uint32_t key = score_key(head_mean(from + j / kTileColumns * kTilePitch, kSent, heads, reciprocal));
+      const uint32_t key = score_key(head_mean(from + tile(j / kTileColumns), kSent, heads, reciprocal));
       return work.key[turn][c][j] = used_ >> (j / kWarp) & 1 ? key : 0;
     });
     if (lane_id() == 0) work.match[turn][c] = match;
@@ -307,7 +319,9 @@ class ExactScan {
   Shared& work;
   uint64_t *sent, *fetched;  // barriers (2) and (4): cosines of all heads, and candidates
   const int rank, head, part, heads, slots, sinks, chunks, groups;
-  const uint32_t bytes;
+  const int tiles;  // groups that this block compares
+  const uint32_t bytes;  // that others send of a chunk
+  const int64_t evicted0;  // first position that chunk 0 would evict
   unsigned used_ = 0;  // bit u for slot lane + 32 u
   int64_t position_ = -1, time_ = 0;  // of this thread's slot
   int source_ = -1, inserts_ = 0, hits_ = 0;

@@ -10,7 +10,7 @@ constexpr int kBarriers = 6;
 
 // The clusters of the summary bank, which take longer, come first; then those of the exact bank, one of each for each sequence.
 template <class T, int kParts, int kBlocks>
-__global__ void __launch_bounds__(block_threads(kBlocks)) scan_banks_kernel(BankScan p) {
+__global__ void __launch_bounds__(kScanThreads) scan_banks_kernel(BankScan p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t barriers[kBarriers];
   const int64_t cluster = blockIdx.x / (p.kv_heads * kBlocks), summaries = p.banks.summary ? p.sequences : 0;
@@ -37,7 +37,7 @@ bool aligned(const void* rows) { return reinterpret_cast<uintptr_t>(rows) % 16 =
 Banks banks_served(const BankScanParams& p, DType dtype) {
   using T = __nv_bfloat16;  // layouts are those of float16
   const bool scan = (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (p.dim == 64 || p.dim == 128) &&
-                    p.kv_heads <= kClusterBlocks && p.chunk <= 512 && aligned(p.v) && aligned(p.state_v);
+                    p.kv_heads <= kClusterBlocks && p.chunk <= kScanThreads && aligned(p.v) && aligned(p.state_v);
   if (!scan) return {false, false};
   constexpr int64_t touches = int64_t{1} << 24;  // that the order of a slot's touches can count
   return {p.novelty && p.exact_slots > 0 && p.exact_slots <= kPerLane * kWarp && p.exact_candidates <= kTileRows &&
@@ -64,11 +64,11 @@ cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, 
     };
     // Two blocks a head where all clusters run at once all the same.
     const auto halves = p.dim == 64 ? scan_banks_kernel<T, 2, 2> : scan_banks_kernel<T, 4, 2>;
-    if (clusters_fit(halves, clusters, 2 * p.kv_heads, block_threads(2), shared(2))) {
-      return launch_clusters(halves, clusters, 2 * p.kv_heads, block_threads(2), shared(2), stream, p);
+    if (clusters_fit(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2))) {
+      return launch_clusters(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2), stream, p);
     }
     const auto whole = p.dim == 64 ? scan_banks_kernel<T, 2, 1> : scan_banks_kernel<T, 4, 1>;
-    return launch_clusters(whole, clusters, p.kv_heads, block_threads(1), shared(1), stream, p);
+    return launch_clusters(whole, clusters, p.kv_heads, kScanThreads, shared(1), stream, p);
   };
   return dtype == DType::kBFloat16 ? run(__nv_bfloat16{}) : run(__half{});
 }

@@ -9,7 +9,6 @@
 namespace coda::kernels::sm90 {
 
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
-constexpr int kWarpSlots = 4;    // neighbouring slots that a warp keeps
 constexpr int kGroupSlots = 32;  // that a warpgroup compares with the candidates
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
 // of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the D / 16 accumulations of the high parts, D 128,
@@ -41,7 +40,7 @@ struct alignas(1024) SummaryShared {
   int open[kSummaryRows];                      // candidates to be compared in fixed order
   int slot[kSummaryRows];                      // the decision where slots were claimed
   float mass[kSummaryRows];
-  float cosine[2 * kSummaryRows];  // (Hkv, owned, 128) what each head sent: of slots, then of candidates
+  float cosine[2 * kSummaryRows];  // (Hkv, owned, 128) what each head sent in fixed order: of slots, then of candidates
 
   // Rows of candidates that one block sums over the heads, the most; `blocks` blocks a head get them in batches.
   static __host__ __device__ int owned(int heads, int blocks) {
@@ -72,7 +71,6 @@ class SummaryScan {
       hopper::fence_barrier_init();
     }
     cluster_arrive();
-    if (warp_id() >= kWarps) return cluster_wait();
     Slots bank;
     load_state(bank);
     int i = 0;
@@ -98,7 +96,10 @@ class SummaryScan {
       if (free > 0) free = free_slots();  // a slot once in use stays so
       CandidateList& here = list_at(0);
       if (count > 0 && free < slots) {
-        if (const int rows = owned_count(count); rows > 0) expect(scored, heads * rows * slots * static_cast<int>(sizeof(float)));
+        if (const int rows = owned_count(count); rows > 0) {
+          const int batches = (rows + kBatch - 1) / kBatch, groups = (slots + kGroupSlots - 1) / kGroupSlots;
+          expect(scored, heads * groups * batches * kBatchBytes);
+        }
         expect(decided, count * static_cast<int>(sizeof(int)));
         approximate(work.value[values], here.norm, count);
       }
@@ -144,15 +145,17 @@ class SummaryScan {
 
  private:
   static constexpr int kDim = kParts * kWarp;
+  static constexpr int kWarpSlots = kSummaryRows / kBlocks / (kScanThreads / kWarp);  // neighbouring slots that a warp keeps
   // Of one block: its slots, its warps, and how many neighbouring candidates' scores it sums.
-  static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kSlots / kWarpSlots, kBatch = kTileRows / kBlocks;
+  static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kScanThreads / kWarp, kBatch = kTileRows / kBlocks,
+                       kBatchBytes = kBatch * kGroupSlots * static_cast<int>(sizeof(float));
   using Shared = SummaryShared<T, kDim>;
   static constexpr int kLoads = kSummaryRows / kWarps * kDim / (kWarp * kPacket);  // packets of 16 bytes that a lane fetches
   struct Slots {
     float k[kWarpSlots][kParts], v[kWarpSlots][kParts];
-    float mass;  // of slot lane % 4
+    float mass;  // of the slot of lane % kWarpSlots
   };
-  // Who went to this warp's slots, and what that does to them: mass, its inverse, and rate of slot lane % 4.
+  // Who went to this warp's slots, and what that does to them: mass, its inverse, and rate of the slot of lane % kWarpSlots.
   struct Moves {
     uint64_t members[kWarpSlots];  // the candidates of each
     unsigned met, used;            // slots that got any; that held something before
@@ -189,8 +192,9 @@ class SummaryScan {
     publish(bank, ~0u);
   }
 
-  static __device__ void store_row(float* to, const float (&x)[kParts]) {
-    if constexpr (kParts == 4) {
+  template <int kElements>
+  static __device__ void store_row(float* to, const float (&x)[kElements]) {
+    if constexpr (kElements == 4) {
       *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
     } else {
       *reinterpret_cast<float2*>(to) = {x[0], x[1]};
@@ -334,12 +338,15 @@ class SummaryScan {
   __device__ float mean_of(int row, int column) const {
     return head_mean(sent(0, row) + column, owned * 2 * kSummaryRows, heads, 1.0f / static_cast<float>(heads));
   }
-  // The same in any order, for what need not be exact.
+  // What the tensor cores say comes by 32 slots, (Hkv, 2, owned, 32), and is put together behind it, (slots / 32, C, 32).
+  __device__ float* near(int from, int group) const { return work.cosine + (from * 2 + group) * owned * kGroupSlots; }
+  __device__ float* outgoing() const { return work.cosine + heads * owned * kSummaryRows; }
+  // The sum over heads, in any order.
   __device__ float total_of(int row, int column) const {
     float total = 0.0f;
 #pragma unroll
     for (int h = 0; h < kClusterBlocks; ++h) {
-      const float mine = sent(min(h, heads - 1), row)[column];
+      const float mine = near(min(h, heads - 1), column / kGroupSlots)[row * kGroupSlots + column % kGroupSlots];
       total += h < heads ? mine : 0.0f;
     }
     return total;
@@ -350,7 +357,7 @@ class SummaryScan {
 
   // Cosines of all candidates and slots by the tensor cores, 32 slots a warpgroup; sent to the blocks that sum them.
   __device__ void approximate(const T* value, const float* norm, int count) const {
-    const int group = warp_id() / 4 + part, g = lane_id() / 4, j = group * kGroupSlots + lane_id() % 4 * 8;
+    const int group = warp_id() / 4 + part, g = lane_id() / 4, first_row = warp_id() % 4 * 16;
     if (warp_id() / 4 >= kSlots / kGroupSlots || group * kGroupSlots >= slots) return;
     float d[32];
     const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
@@ -363,14 +370,12 @@ class SummaryScan {
     hopper::commit_products();
     float inverse[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) inverse[half] = __fdividef(1.0f, norm[warp_id() % 4 * 16 + half * 8 + g]);
+    for (int half = 0; half < 2; ++half) inverse[half] = __fdividef(1.0f, norm[first_row + half * 8 + g]);
     hopper::wait_products<0>();
     hopper::pin(d);
+    float* const rows = outgoing() + (warp_id() / 4 * kSummaryRows + first_row) * kGroupSlots;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int c = warp_id() % 4 * 16 + half * 8 + g;
-      if (c >= count) continue;
-      const uint32_t to = remote_address(sent(head, owned_row(c)) + j, owner(c)), barrier = remote_address(scored, owner(c));
 #pragma unroll
       for (int four = 0; four < 8; four += 4) {
         float x[4];
@@ -379,16 +384,16 @@ class SummaryScan {
           const int at = (four + u) / 2 * 4 + half * 2 + u % 2;
           x[u] = (d[at] + d[at + 16]) * inverse[half];
         }
-        if (j + four + 4 <= slots) {
-          send(to + four * sizeof(float), x, barrier);
-        } else {
-#pragma unroll
-          for (int u = 0; u < 3; ++u) {
-            if (j + four + u < slots) send(to + (four + u) * sizeof(float), x[u], barrier);
-          }
-        }
+        store_row(rows + (half * 8 + g) * kGroupSlots + lane_id() % 4 * 8 + four, x);
       }
     }
+    hopper::fence_async_proxy();
+    __syncwarp();
+    // A batch a lane.
+    const int c = first_row + lane_id() * kBatch;
+    if (lane_id() >= 16 / kBatch || c >= count) return;
+    send_bytes(remote_address(near(head, group) + owned_row(c) * kGroupSlots, owner(c)), rows + lane_id() * kBatch * kGroupSlots,
+               kBatchBytes, remote_address(scored, owner(c)));
   }
 
   // What is told of a candidate: its slot, -1 where it is open, or which two slots alone are left.
@@ -738,10 +743,10 @@ class SummaryScan {
     }
   }
   __device__ void write_rows(void* to, int64_t row, const float (&rows)[kWarpSlots][kParts]) const {
+    float* const at = static_cast<float*>(to) + view.summary_row(row, head, first) + lane_id() * kParts;
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      if (first + s >= slots) continue;
-      store_row(static_cast<float*>(to) + view.summary_row(row, head, first + s) + lane_id() * kParts, rows[s]);
+      if (first + s < slots) store_row(at + s * kDim, rows[s]);
     }
   }
 
