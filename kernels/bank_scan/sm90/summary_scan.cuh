@@ -13,8 +13,8 @@ constexpr int kGroupSlots = 32;  // that a warpgroup compares with the candidate
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
 // of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the D / 16 accumulations of the high parts, D 128,
 // each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every addend, and
-// those of the low parts are less by 2^-8: 2^-15.5 together, with what norms, quotients and the sums of fixed order add.
-constexpr float kMargin = 0x1p-14f;
+// those of the low parts are less by 2^-8. Norms, quotients and the sums of fixed order add 2^-18.6: 2.25e-5 together.
+constexpr float kMargin = 0x1.8p-15f;
 
 // What the lists say of a chunk's candidates.
 struct alignas(16) CandidateList {
@@ -71,12 +71,15 @@ class SummaryScan {
       hopper::fence_barrier_init();
     }
     cluster_arrive();
+    // Of the batch of candidates whose scores this lane sends on.
+    const int batch = warp_id() % 4 * 16 + lane_id() % (16 / kBatch) * kBatch;
+    batch_to_ = remote_address(near(head, (warp_id() / 4 + part) % 2) + owned_row(batch) * kGroupSlots, owner(batch));
+    batch_scored_ = remote_address(scored, owner(batch));
     Slots bank;
     load_state(bank);
     int i = 0;
     for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
-      write_values(span.row0 + i, bank);
-      write_rows(p.summary_k, span.row0 + i, bank.k);
+      write_snapshot(span.row0 + i, bank);
     }
     int count = count_of(i), next_count = count_of(i + 1), free = 1;
     // Buffers of this chunk: values come two chunks ahead, keys only with it.
@@ -89,6 +92,19 @@ class SummaryScan {
     await_copies();
     sync();
     Moves moves{};
+    Choice choice{-1, -1};
+    const int last_list = Shared::kLists - 1;
+    // What nothing waits for.
+    const auto finish = [&](int done) {
+      move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(last_list).gate);
+      write_snapshot(span.row0 + done, bank);
+      if (rank != 0 || warp_id() != 0) return;
+      int32_t* to = p.assignment + (span.row0 + done) * p.chunk;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        if (choice.slot[u] >= 0) to[list_at(last_list).offset[lane_id() + u * kWarp]] = choice.slot[u];
+      }
+    };
     cluster_wait();
 #pragma unroll 1
     for (; i < chunks; ++i) {
@@ -104,27 +120,18 @@ class SummaryScan {
         approximate(work.value[values], here.norm, count);
       }
       // While the scores travel: what the last chunk left to do, and what the next ones need.
-      if (turn > 0) {
-        move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(Shared::kLists - 1).gate);
-        write_rows(p.summary_k, span.row0 + i - 1, bank.k);
-      }
+      if (turn > 0) finish(i - 1);
       fetch_keys(here, work.key[turn % 2]);
       fetch_values(i + 2, list_at(2), work.value[later]);
       fetch_list(i + 3, list_at(3));
       const int later_count = count_of(i + 2);
       moves.met = 0;
+      choice = {-1, -1};
       if (count > 0) {
-        const Choice choice = choose(bank, work.value[values], here.norm, count, free);
+        choice = choose(bank, work.value[values], here.norm, count, free);
         move_values(bank, moves, choice, work.value[values], here.gate);
         if (free > 0) mark_used(choice);
-        if (rank == 0 && warp_id() == 0) {
-          int32_t* to = p.assignment + (span.row0 + i) * p.chunk;
-          const int* offset = here.offset;
-          if (lane_id() < count) to[offset[lane_id()]] = choice.slot[0];
-          if (lane_id() + kWarp < count) to[offset[lane_id() + kWarp]] = choice.slot[1];
-        }
       }
-      write_values(span.row0 + i, bank);
       await_copies();
       sync();
       values = after;
@@ -133,12 +140,10 @@ class SummaryScan {
       count = next_count;
       next_count = later_count;
     }
-    if (turn > 0) {
-      move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(Shared::kLists - 1).gate);
-      write_rows(p.summary_k, span.row0 + chunks - 1, bank.k);
-    }
-    write_rows(p.new_summary_k, view.n, bank.k);
-    write_rows(p.new_summary_v, view.n, bank.v);
+    if (turn > 0) finish(chunks - 1);
+    const int64_t kept = view.summary_row(view.n, head, first);
+    write_rows(static_cast<float*>(p.new_summary_k) + kept, bank.k);
+    write_rows(static_cast<float*>(p.new_summary_v) + kept, bank.v);
     write_mass(p.new_summary_mass, view.n, bank);
     if (lane_id() == 0) hopper::wait_stores();
   }
@@ -390,10 +395,8 @@ class SummaryScan {
     hopper::fence_async_proxy();
     __syncwarp();
     // A batch a lane.
-    const int c = first_row + lane_id() * kBatch;
-    if (lane_id() >= 16 / kBatch || c >= count) return;
-    send_bytes(remote_address(near(head, group) + owned_row(c) * kGroupSlots, owner(c)), rows + lane_id() * kBatch * kGroupSlots,
-               kBatchBytes, remote_address(scored, owner(c)));
+    if (lane_id() >= 16 / kBatch || first_row + lane_id() * kBatch >= count) return;
+    send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
   }
 
   // What is told of a candidate: its slot, -1 where it is open, or which two slots alone are left.
@@ -726,15 +729,17 @@ class SummaryScan {
     }
   }
 
-  // This warp's slots to row `row` of a snapshot: values by the copy engine, then their masses.
-  __device__ void write_values(int64_t row, const Slots& bank) const {
-    __syncwarp();
+  // This warp's slots to row `row` of a snapshot: values by the copy engine, which finds them in shared memory.
+  __device__ void write_snapshot(int64_t row, const Slots& bank) const {
     const int mine = min(kWarpSlots, slots - first);
+    const int64_t at = view.summary_row(row, head, first);
+    __syncwarp();
     if (lane_id() == 0 && mine > 0) {
-      hopper::store_bytes(static_cast<float*>(p.summary_v) + view.summary_row(row, head, first), work.v + first * kDim,
+      hopper::store_bytes(static_cast<float*>(p.summary_v) + at, work.v + first * kDim,
                           static_cast<uint32_t>(mine * kDim * sizeof(float)));
       hopper::commit_stores();
     }
+    write_rows(static_cast<float*>(p.summary_k) + at, bank.k);
     write_mass(p.summary_mass, row, bank);
   }
   __device__ void write_mass(void* to, int64_t row, const Slots& bank) const {
@@ -742,11 +747,10 @@ class SummaryScan {
       static_cast<float*>(to)[row * slots + first + lane_id()] = bank.mass;
     }
   }
-  __device__ void write_rows(void* to, int64_t row, const float (&rows)[kWarpSlots][kParts]) const {
-    float* const at = static_cast<float*>(to) + view.summary_row(row, head, first) + lane_id() * kParts;
+  __device__ void write_rows(float* to, const float (&rows)[kWarpSlots][kParts]) const {
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      if (first + s < slots) store_row(at + s * kDim, rows[s]);
+      if (first + s < slots) store_row(to + s * kDim + lane_id() * kParts, rows[s]);
     }
   }
 
@@ -757,6 +761,7 @@ class SummaryScan {
   uint64_t *scored, *decided, *met;
   const int rank, head, part, heads, slots, first, chunks, owned;  // first: slot of this warp
   const float stay;  // 1 - eta
+  uint32_t batch_to_ = 0, batch_scored_ = 0;
   uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0;
 };
 
