@@ -9,57 +9,65 @@ constexpr int kThreads = 512;
 constexpr int kRowsAtOnce = 4;  // rows of a warp whose loads are underway together
 
 struct Layout {
-  float* logit;     // (C)
-  int* candidate;   // (C) offsets of the exact bank's
+  float* logit;     // (2, C) of this chunk, then of the one before
+  int* candidate;   // (2, C) offsets of the exact bank's
   int* offset;      // (C) offsets of the summary bank's
   int* source;      // (C) their flat sources
-  float* norm;      // (Hkv, 8)
-  float* cosine;    // (Hkv, 2, 32)
+  float* norm;      // (Hkv, 2, 8)
+  float* cosine;    // (Hkv, 2, 64) of this chunk's with each other, then with those before
 
   __host__ __device__ Layout(Carver& carver, const BankScanParams& p)
-      : logit(carver.take<float>(p.chunk)), candidate(carver.take<int>(p.chunk)), offset(carver.take<int>(p.chunk)),
-        source(carver.take<int>(p.chunk)), norm(carver.take<float>(p.kv_heads * kTileRows)),
-        cosine(carver.take<float>(p.kv_heads * kTileRows * kTileRows)) {}
+      : logit(carver.take<float>(2 * p.chunk)), candidate(carver.take<int>(2 * p.chunk)), offset(carver.take<int>(p.chunk)),
+        source(carver.take<int>(p.chunk)), norm(carver.take<float>(p.kv_heads * 2 * kTileRows)),
+        cosine(carver.take<float>(p.kv_heads * 2 * kTileRows * kTileRows)) {}
 };
 
 // One block for each chunk row.
 template <class T, int kParts>
 __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ int exact_count, summary_count;
+  __shared__ int exact_count[2], summary_count;
   const int64_t row = blockIdx.x;
   const ScanView<T> view(p, find_sequence(p.sequences, row, [&](int64_t m) { return p.cu_seqlens[m] / p.chunk + 2 * m; }));
   const int64_t start = view.span.chunk_start(row - view.span.row0, p.chunk), evicted = start - p.window;
   if (row - view.span.row0 >= view.span.chunks || !view.evicts(start)) return;
-  Carver carver(shared), global(p.workspace);
+  Carver carver(shared);
   const Layout work(carver, p);
-  const CandidateLists lists(global, p, p.banks);
+  const CandidateLists& lists = p.lists;
   const int pinned = view.sinks_at(start), heads = p.kv_heads;
   const auto to = [&](int h) -> auto& { return lists.of<T, kParts * kWarp>(row, heads, h); };
-  for (int c = threadIdx.x; c < p.chunk; c += blockDim.x) work.logit[c] = view.gate(view.source_of(evicted + c), 0);
+  // The exact bank's candidates are compared with those of the chunk before as well, if that evicts.
+  const int both = p.banks.exact && view.evicts(start - p.chunk) && row > view.span.row0 ? 2 : 1;
+  const auto token = [&](int which, int c) { return view.source_of(evicted - which * p.chunk + c); };
+  for (int item = threadIdx.x; item < both * p.chunk; item += blockDim.x) {
+    work.logit[item] = view.gate(token(item / p.chunk, item % p.chunk), 0);
+  }
   __syncthreads();
-  if (warp_id() == 0 && p.banks.exact) {
+  if (const int which = warp_id(); which < both && p.banks.exact) {
     // The highest gates above the threshold, ties to the earlier position.
-    const int kept = p.exact_slots == p.num_sinks ? 0 : compact(work.candidate, p.chunk, [&](int c) {
-      const float mine = work.logit[c];
-      if (c < pinned || !(static_cast<double>(mine) >= p.exact_threshold)) return false;
+    const float* logit = work.logit + which * p.chunk;
+    int* candidate = work.candidate + which * p.chunk;
+    const int skip = which == 0 ? pinned : view.sinks_at(start - p.chunk);
+    const int kept = p.exact_slots == p.num_sinks ? 0 : compact(candidate, p.chunk, [&](int c) {
+      const float mine = logit[c];
+      if (c < skip || !(static_cast<double>(mine) >= p.exact_threshold)) return false;
       int rank = 0;
 #pragma unroll 8
-      for (int other = pinned; other < p.chunk; ++other) {
-        rank += work.logit[other] > mine || (work.logit[other] == mine && other < c);
+      for (int other = skip; other < p.chunk; ++other) {
+        rank += logit[other] > mine || (logit[other] == mine && other < c);
       }
       return rank < p.exact_candidates;
     });
-    if (lane_id() < kTileRows) {
-      const int c = lane_id() < kept ? work.candidate[lane_id()] : -1, source = c < 0 ? -1 : view.source_of(evicted + c);
+    if (which == 0 && lane_id() < kTileRows) {
+      const int c = lane_id() < kept ? candidate[lane_id()] : -1, source = c < 0 ? -1 : view.source_of(evicted + c);
       for (int h = 0; h < heads; ++h) {
         to(h).source[lane_id()] = source;
         to(h).offset[lane_id()] = c;
       }
     }
-    if (lane_id() == 0) exact_count = kept;
+    if (lane_id() == 0) exact_count[which] = kept;
   }
-  if (warp_id() == 1 && p.banks.summary) {
+  if (warp_id() == 2 && p.banks.summary) {
     const int kept = compact(work.offset, p.chunk, [&](int c) {
       return c >= pinned && static_cast<double>(work.logit[c]) >= p.summary_threshold;
     });
@@ -75,17 +83,20 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     if (lane_id() == 0) lists.summary_count[row] = summary_count = kept;
   }
   __syncthreads();
-  const int exact = p.banks.exact ? exact_count : 0;
-  const auto exact_value = [&](int i, int h) {
-    return view.value(view.source_of(evicted + work.candidate[min(i, exact - 1)]), h);
+  const int exact = p.banks.exact ? exact_count[0] : 0;
+  const int compared = exact == 0 ? 0 : both == 2 && exact_count[1] > 0 ? 2 : 1;
+  const auto exact_value = [&](int which, int i, int h) {
+    return view.value(token(which, work.candidate[which * p.chunk + min(i, exact_count[which] - 1)]), h);
   };
-  for (int item = warp_id(); exact > 0 && item < heads * kTileRows; item += warp_count()) {
-    const int h = item / kTileRows, i = item % kTileRows;
+  for (int item = warp_id(); item < compared * heads * kTileRows; item += warp_count()) {
+    const int which = item / (heads * kTileRows), h = item / kTileRows % heads, i = item % kTileRows;
     float mine[kParts];
-    load_lane_row(mine, exact_value(i, h));
+    load_lane_row(mine, exact_value(which, i, h));
     const float norm = lane_norm(mine);
-    pack_lane_row(to(h).value + i * kParts * kWarp, mine);
-    if (lane_id() == 0) work.norm[item] = to(h).norm[i] = norm;
+    if (which == 0) pack_lane_row(to(h).value + i * kParts * kWarp, mine);
+    if (lane_id() != 0) continue;
+    work.norm[(h * 2 + which) * kTileRows + i] = norm;
+    if (which == 0) to(h).norm[i] = norm;
   }
   const int count = p.banks.summary ? summary_count : 0;
   for (int item = warp_id() * kRowsAtOnce; item < heads * count; item += warp_count() * kRowsAtOnce) {
@@ -107,22 +118,23 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
   }
   if (exact == 0) return;
   __syncthreads();
-  for (int item = warp_id(); item < heads * 2; item += warp_count()) {
-    const int h = item / 2, first = item % 2 * kTileColumns;
+  for (int item = warp_id(); item < compared * heads * 2; item += warp_count()) {
+    const int which = item / (heads * 2), h = item / 2 % heads, first = item % 2 * kTileColumns;
     float column[kTileColumns][kParts];
 #pragma unroll
-    for (int j = 0; j < kTileColumns; ++j) load_lane_row(column[j], exact_value(first + j, h));
-    const float dot = tile_dots<true>(column, [&](float(&to)[kParts], int i) { load_lane_row(to, exact_value(i, h)); });
+    for (int j = 0; j < kTileColumns; ++j) load_lane_row(column[j], exact_value(which, first + j, h));
+    const float dot = tile_dots<true>(column, [&](float(&to)[kParts], int i) { load_lane_row(to, exact_value(0, i, h)); });
     const int i = lane_id() / kTileColumns, j = first + lane_id() % kTileColumns;
-    work.cosine[h * kTileRows * kTileRows + i * kTileRows + j] =
-        div_rn(dot, mul_rn(work.norm[h * kTileRows + i], work.norm[h * kTileRows + j]));
+    const float *mine = work.norm + h * 2 * kTileRows, *other = mine + which * kTileRows;
+    work.cosine[((h * 2 + which) * kTileRows + i) * kTileRows + j] = div_rn(dot, mul_rn(mine[i], other[j]));
   }
   __syncthreads();
-  for (int item = threadIdx.x; item < kTileRows * kTileRows; item += blockDim.x) {
+  constexpr int pairs = kTileRows * kTileRows;
+  for (int item = threadIdx.x; item < compared * pairs; item += blockDim.x) {
     float total = 0.0f;
-    for (int h = 0; h < heads; ++h) total = add_rn(total, work.cosine[h * kTileRows * kTileRows + item]);
+    for (int h = 0; h < heads; ++h) total = add_rn(total, work.cosine[h * 2 * pairs + item]);
     const uint32_t key = score_key(div_rn(total, static_cast<float>(heads)));
-    for (int h = 0; h < heads; ++h) to(h).gram[item] = key;
+    for (int h = 0; h < heads; ++h) (item < pairs ? to(h).gram : to(h).before)[item % pairs] = key;
   }
 }
 

@@ -7,16 +7,13 @@
 
 namespace coda::kernels::sm90 {
 
-struct BankScan : BankScanForward {
-  Banks banks;
-};
-
 // What one head needs of a chunk's candidates for the exact bank, copied as one piece.
 template <class T, int kDim>
 struct alignas(16) ExactCandidates {
   T value[kTileRows * kDim];                // packed for a warp
   float norm[kTileRows];
   uint32_t gram[kTileRows * kTileRows];     // keys of the mean cosines among them
+  uint32_t before[kTileRows * kTileRows];   // and with those of the chunk before
   int source[kTileRows], offset[kTileRows];  // flat source, and offset among the evicted tokens; -1 beyond the last
 };
 
@@ -50,6 +47,13 @@ struct CandidateLists {
   __device__ ExactCandidates<T, kDim>& of(int64_t row, int heads, int head) const {
     return reinterpret_cast<ExactCandidates<T, kDim>*>(exact)[row * heads + head];
   }
+};
+
+constexpr int kScanThreads = 512;  // of a block of either bank
+
+struct BankScan : BankScanForward {
+  Banks banks;
+  CandidateLists lists;  // in the workspace
 };
 
 cudaError_t list_candidates(const BankScan& params, DType dtype, cudaStream_t stream);

@@ -8,7 +8,7 @@ namespace coda::kernels::sm90 {
 
 // The most shared memory of a block, less what barriers and the like take statically.
 constexpr size_t kClusterShared = 226 * 1024;
-constexpr int kClusterBlocks = 8;  // the most that every device of compute capability 9.0 grants
+constexpr int kClusterBlocks = 8;  // the most that every device of compute capability 9.0 grants; most grant twice as many
 
 __device__ inline int cluster_rank() {
   int rank;
@@ -45,25 +45,54 @@ __device__ inline void send(uint32_t to, uint32_t x, uint32_t y, uint32_t barrie
 __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
   send(to, __float_as_uint(x), __float_as_uint(y), barrier);
 }
+// Many bytes at once, both ends at multiples of 16; this thread's writes to `from` lie before a fence_async_proxy.
+__device__ inline void send_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(shared_address(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 
-template <class Params>
-cudaError_t launch_clusters(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared, cudaStream_t stream,
-                            const Params& params) {
-  if (clusters == 0) return cudaSuccess;
-  const auto status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared));
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+// A launch of clusters; `attribute` must outlive it.
+inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int64_t clusters, int blocks, int threads, size_t shared,
+                                         cudaStream_t stream) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &cluster;
+  config.attrs = &attribute;
   config.numAttrs = 1;
+  return config;
+}
+template <class Params>
+cudaError_t prepare_clusters(void (*kernel)(Params), int blocks, size_t shared) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const auto status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (status != cudaSuccess || blocks <= kClusterBlocks) return status;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+template <class Params>
+cudaError_t launch_clusters(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared, cudaStream_t stream,
+                            const Params& params) {
+  if (clusters == 0) return cudaSuccess;
+  if (const auto status = prepare_clusters(kernel, blocks, shared); status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute{};
+  const auto config = cluster_config(attribute, clusters, blocks, threads, shared, stream);
   return cudaLaunchKernelEx(&config, kernel, params);
+}
+// Whether the device has room for so many clusters at once.
+template <class Params>
+bool clusters_fit(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared) {
+  cudaLaunchAttribute attribute{};
+  const auto config = cluster_config(attribute, clusters, blocks, threads, shared, nullptr);
+  int most = 0;
+  const bool known = prepare_clusters(kernel, blocks, shared) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&most, kernel, &config) == cudaSuccess;
+  if (!known) cudaGetLastError();  // not an error of the caller's
+  return known && most >= clusters;
 }
 
 }  // namespace coda::kernels::sm90

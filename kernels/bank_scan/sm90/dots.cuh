@@ -23,17 +23,18 @@ template <int kParts, class T>
 __device__ inline Packed<kParts>& packed(T* row) {
   return reinterpret_cast<Packed<kParts>*>(row)[lane_id()];
 }
+// A lane's kParts neighbouring 16-bit elements.
 template <int kParts, class T>
-__device__ inline void pack_lane_row(T* to, const float (&from)[kParts]) {
+__device__ inline void store_part(T* to, const float (&from)[kParts]) {
   if constexpr (kParts == 4) {
-    packed<kParts>(to) = {pack<T>(from[0], from[1]), pack<T>(from[2], from[3])};
+    *reinterpret_cast<uint2*>(to) = {pack<T>(from[0], from[1]), pack<T>(from[2], from[3])};
   } else {
-    packed<kParts>(to) = pack<T>(from[0], from[1]);
+    *reinterpret_cast<uint32_t*>(to) = pack<T>(from[0], from[1]);
   }
 }
 template <int kParts, class T>
-__device__ inline void load_packed_row(float (&to)[kParts], const T* row) {
-  const auto words = packed<kParts>(const_cast<T*>(row));
+__device__ inline void load_part(float (&to)[kParts], const T* from) {
+  const auto words = *reinterpret_cast<const Packed<kParts>*>(from);
   float2 x;
   if constexpr (kParts == 4) {
     x = unpack<T>(words.y);
@@ -45,6 +46,14 @@ __device__ inline void load_packed_row(float (&to)[kParts], const T* row) {
   }
   to[0] = x.x;
   to[1] = x.y;
+}
+template <int kParts, class T>
+__device__ inline void pack_lane_row(T* to, const float (&from)[kParts]) {
+  store_part(to + lane_id() * kParts, from);
+}
+template <int kParts, class T>
+__device__ inline void load_packed_row(float (&to)[kParts], const T* row) {
+  load_part(to, row + lane_id() * kParts);
 }
 
 // One lane's partial sum. With kFused the products must be exact in float32, as those of two 16-bit numbers are, short of

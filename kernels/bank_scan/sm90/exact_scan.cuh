@@ -9,29 +9,34 @@ namespace coda::kernels::sm90 {
 // constants.
 template <class T, int kDim>
 struct alignas(16) ExactShared {
-  static constexpr int kBuffers = 3, kSlots = kPerLane * kWarp, kSent = kSlots / kTileColumns * kTilePitch;
-  ExactCandidates<T, kDim> chunk[kBuffers];  // of this chunk and the next two
+  static constexpr int kBuffers = 4, kSlots = kPerLane * kWarp, kSent = kSlots / kTileColumns * kTilePitch;
+  ExactCandidates<T, kDim> chunk[kBuffers];  // of the chunk before, this one and the next two
   T slot[kSlots * kDim];                     // values, packed for a warp
   float norm[kSlots];
-  float cosine[2][kClusterBlocks][kSent];  // what each head sent, of this chunk and the next
-  uint32_t key[kTileRows][kSlots];         // of the mean cosines with the slots
-  Match match[kTileRows];                  // best slot
-  int verdict[kTileRows];                  // slot of each candidate, plus kTouched where it was only touched; kNone
-  int filled[kWarp];
+  // Of one chunk and the next, in turns:
+  float cosine[2][kClusterBlocks][kSent];  // what each head sent
+  uint32_t key[2][kTileRows][kSlots];      // of the mean cosines with the slots
+  Match match[2][kTileRows];               // best slot
+  int verdict[2][kTileRows];               // slot of each candidate, plus kTouched where it was only touched; kNone
+  alignas(16) int filled[2][kWarp];        // slot that each candidate filled, -1 if none
   int64_t time[kSlots + kTileRows];  // last touch; then position of the candidates
 };
 
 // One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
-// all alike.
-template <class T, int kParts>
+// all alike. Warp 0 decides about a chunk while the others compare the next one with the bank as it stood before this chunk: what
+// fills its slots since then are candidates of this chunk, and how those compare is known beforehand.
+template <class T, int kParts, int kBlocks>
 class ExactScan {
  public:
   __device__ ExactScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
-      : p(params), view(params, n), carver_(params.workspace), work(*reinterpret_cast<Shared*>(shared)),
-        lists(carver_, params, params.banks), sent(barriers), fetched(barriers + 2), head(cluster_rank()),
+      : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)),
+        sent(barriers), fetched(barriers + 2), rank(cluster_rank()), head(rank / kBlocks),
+        part(rank % kBlocks),
         heads(params.kv_heads), slots(params.exact_slots), sinks(params.num_sinks),
         chunks(static_cast<int>(view.span.chunks)), groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
-        bytes(static_cast<uint32_t>(params.kv_heads * groups * kTile * sizeof(float))) {}
+        tiles((groups - part + kBlocks - 1) / kBlocks),
+        bytes(static_cast<uint32_t>((params.kv_heads * groups - tiles) * kTilePitch * sizeof(float))),
+        evicted0(view.span.chunk_start(0, params.chunk) - params.window) {}
 
   __device__ void run() {
     const Span& span = view.span;
@@ -51,68 +56,37 @@ class ExactScan {
     cluster_arrive();
     const bool counted = load_state(span.chunk_start(first, p.chunk) - p.window);
     for (int i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
-    const NoveltyRule rule{slots, sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
-    const auto order_of = [&](int j) { return order_among(work.time, kSlots + kTileRows, work.time[j]); };
-    const auto used = [&](int j) { return used_ >> (j / kWarp) & 1; };
-    SlotQueue queue;  // of warp 0, which routes
-    uint32_t order = kSlots;
-    if (warp_id() == 0) queue.load(slots, sinks, used, order_of);
     cluster_wait();
-    uint32_t parity = 0, fetched_parity = 0;
-    int buffer = 0, turn = 0;
+    const auto evicted = [&](int i) { return evicted0 + i * static_cast<int64_t>(p.chunk); };
+    if (warp_id() == 0) {
+      Router router(*this, counted);
+      __syncthreads();
 #pragma unroll 1
-    for (int i = first; i < chunks; ++i) {
-      const int64_t evicted = span.chunk_start(i, p.chunk) - p.window;
-      const auto& chunk = work.chunk[buffer];
-      if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
-      hopper::wait(fetched + buffer, fetched_parity);
-      compare(chunk, turn);
-      hopper::wait(sent + turn, parity);
-      if (warp_id() < kTileRows) find_match(turn);
+      for (int i = first, at = 0; i < chunks; ++i, ++at) {
+        router.decide(work.chunk[at % kBuffers], at % 2, evicted(i));
+        inserts_ += view.sinks_at(evicted(i) + p.window);
+        __syncthreads();
+      }
+    } else {
+      if (first < chunks) prepare(work.chunk[0], 0, 0, evicted(first));
       __syncthreads();
-      if (threadIdx.x == 0) {
-        hopper::arrive_expect(sent + turn, bytes);
-        fetch(i + 2, buffer == 0 ? 2 : buffer - 1);
+#pragma unroll 1
+      for (int i = first, at = 0; i < chunks; ++i, ++at) {
+        if (threadIdx.x == kWarp) fetch(i + 2, (at + 2) % kBuffers);
+        if (at > 0) take_in(work.chunk[(at - 1) % kBuffers], (at - 1) % 2, i - 1, evicted(i - 1));
+        if (i + 1 < chunks) prepare(work.chunk[(at + 1) % kBuffers], at + 1, (at + 1) % 2, evicted(i + 1));
+        __syncthreads();
       }
-      if (warp_id() == 0) {
-        const int c = lane_id() % kTileRows;
-        const unsigned candidates = __ballot_sync(kAllLanes, lane_id() < kTileRows && chunk.source[c] >= 0);
-        if (!counted) {
-          if (lane_id() < kTileRows) {
-            work.time[kSlots + c] = chunk.source[c] >= 0 ? evicted + chunk.offset[c] : INT64_MAX;
-          }
-          __syncwarp();
-          queue.load(slots, sinks, used, order_of);
-        }
-        int slot;
-        const RouteAction action = queue.route(
-            rule, candidates, work.match[c], [&](int j) { return counted ? order + j : order_of(kSlots + j); },
-            [&](int candidate, int other) { return chunk.gram[candidate % kTileRows * kTileRows + other]; },
-            [&](int candidate, int j) { return work.key[candidate][j]; }, work.filled, slot);
-        if (lane_id() < kTileRows) work.verdict[c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
-        const int inserted = __popc(__ballot_sync(kAllLanes, action == kInsert));
-        inserts_ += inserted;
-        hits_ += __popc(candidates) - inserted;
-        order += __popc(candidates);
-      }
-      __syncthreads();
-      take_in(chunk, evicted, counted);
-      write_index(p.index + view.index_row(i, 0));
-      parity ^= turn;
-      turn ^= 1;
-      if (++buffer == kBuffers) {
-        buffer = 0;
-        fetched_parity ^= 1;
-      }
+      const int last = chunks - 1 - first;
+      if (last >= 0) take_in(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
     }
     write_index(p.source + view.n * slots);
-    if (head != 0) return;
-    const int j = threadIdx.x;
-    if (j < slots) {
+    if (rank != 0) return;
+    if (const int j = own_slot(); j >= 0 && j < slots) {
       p.new_exact_pos[view.n * slots + j] = position_;
       p.new_last_touch[view.n * slots + j] = time_;
     }
-    if (j == 0) {
+    if (threadIdx.x == 0) {
       p.new_counts[2 * view.n] += inserts_;
       p.new_counts[2 * view.n + 1] += hits_;
     }
@@ -123,13 +97,94 @@ class ExactScan {
   using Shared = ExactShared<T, kDim>;
   static constexpr int kBuffers = Shared::kBuffers, kSlots = Shared::kSlots, kSent = Shared::kSent;
   static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
+  static constexpr int kComparing = kScanThreads / kWarp - 1;  // warps, all but the first
+  static __device__ int comparer() { return warp_id() - 1; }
+  // The slot that this thread keeps, negative if none.
+  static __device__ int own_slot() { return static_cast<int>(threadIdx.x) - kWarp; }
+
+  // Warp 0, which applies the rule.
+  struct Router {
+    ExactScan& scan;
+    const NoveltyRule rule;
+    const bool counted;
+    SlotQueue queue;
+    uint32_t order = kSlots;
+
+    __device__ Router(ExactScan& scan_, bool counted_)
+        : scan(scan_), rule{scan_.slots, scan_.sinks, scan_.p.tau_novel, scan_.p.tau_match, scan_.p.refresh_on_hit},
+          counted(counted_) {
+      load();
+      if (lane_id() < kTileRows) scan.work.filled[1][lane_id()] = -1;
+    }
+    __device__ uint32_t order_of(int j) const {
+      return order_among(scan.work.time, kSlots + kTileRows, scan.work.time[j]);
+    }
+    __device__ void load() {
+      queue.load(scan.slots, scan.sinks, [&](int j) { return scan.used_ >> (j / kWarp) & 1; }, [&](int j) { return order_of(j); });
+    }
+
+    __device__ void decide(const ExactCandidates<T, kDim>& chunk, int turn, int64_t evicted) {
+      Shared& work = scan.work;
+      const int c = lane_id() % kTileRows;
+      const int* const before = work.filled[turn ^ 1];
+      int* const filled = work.filled[turn];
+      const unsigned candidates = __ballot_sync(kAllLanes, lane_id() < kTileRows && chunk.source[c] >= 0);
+      if (lane_id() < kTileRows) filled[c] = -1;
+      if (!counted) {
+        if (lane_id() < kTileRows) {
+          work.time[kSlots + c] = chunk.source[c] >= 0 ? evicted + chunk.offset[c] : INT64_MAX;
+        }
+        __syncwarp();
+        load();
+      }
+      Match match = work.match[turn][c];
+      const auto put = [&](int j, uint32_t met) {
+        if (lane_id() < kTileRows) work.key[turn][c][j] = met;
+      };
+      uint32_t compared[kTileRows];
+      int fills[kTileRows];
+#pragma unroll
+      for (int i = 0; i < kTileRows; i += 4) {
+        const uint4 keys = *reinterpret_cast<const uint4*>(chunk.before + c * kTileRows + i);
+        const int4 slots = *reinterpret_cast<const int4*>(before + i);
+        compared[i] = keys.x, compared[i + 1] = keys.y, compared[i + 2] = keys.z, compared[i + 3] = keys.w;
+        fills[i] = slots.x, fills[i + 1] = slots.y, fills[i + 2] = slots.z, fills[i + 3] = slots.w;
+      }
+#pragma unroll
+      for (int i = 0; i < kTileRows; ++i) {
+        if (fills[i] < 0) continue;
+        meet(match, compared[i], fills[i]);
+        put(fills[i], compared[i]);
+      }
+      int slot;
+      const RouteAction action = queue.route(
+          rule, candidates, match, [&](int j) { return counted ? order + j : order_of(kSlots + j); },
+          [&](int candidate, int other) { return chunk.gram[candidate % kTileRows * kTileRows + other]; },
+          [&](int candidate, int j) { return work.key[turn][candidate][j]; }, filled, slot, put);
+      if (lane_id() < kTileRows) work.verdict[turn][c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
+      const int inserted = __popc(__ballot_sync(kAllLanes, action == kInsert));
+      scan.inserts_ += inserted;
+      scan.hits_ += __popc(candidates) - inserted;
+      order += __popc(candidates);
+      if (counted) return;
+      __syncwarp();
+#pragma unroll 1
+      for (int i = 0; i < kTileRows; ++i) {
+        const int verdict = work.verdict[turn][i], at = verdict & static_cast<int>(kSlotMask);
+        if (verdict == kNone) continue;
+        if (verdict < kTouched && at % kWarp == lane_id()) scan.used_ |= 1u << (at / kWarp);
+        if (lane_id() == 0) work.time[at] = evicted + chunk.offset[i];
+      }
+      __syncwarp();
+    }
+  };
 
   // Thread 0.
   __device__ void fetch(int i, int buffer) const {
     if (i >= chunks) return;
     constexpr uint32_t size = sizeof(ExactCandidates<T, kDim>);
     hopper::arrive_expect(fetched + buffer, size);
-    hopper::load_bytes(work.chunk + buffer, &lists.of<T, kDim>(view.span.row0 + i, heads, head), fetched + buffer, size);
+    hopper::load_bytes(work.chunk + buffer, &p.lists.of<T, kDim>(view.span.row0 + i, heads, head), fetched + buffer, size);
   }
 
   // One warp puts a value into slot j.
@@ -144,13 +199,13 @@ class ExactScan {
   // Returns whether all slots were touched before position `next`. If so, as in every state that a scan leaves behind, touches
   // come in the order of their positions and need only be counted on.
   __device__ bool load_state(int64_t next) {
-    const int mine = threadIdx.x;
-    if (mine < slots) {
+    const int mine = own_slot();
+    if (mine >= 0 && mine < slots) {
       position_ = p.exact_pos[view.n * slots + mine];
       time_ = p.last_touch[view.n * slots + mine];
       source_ = p.window + mine;
     }
-    if (mine < kSlots + kTileRows) work.time[mine] = mine < slots ? time_ : INT64_MAX;
+    if (mine >= 0 && mine < kSlots + kTileRows) work.time[mine] = mine < slots ? time_ : INT64_MAX;
     for (int j = lane_id(); j < slots; j += kWarp) used_ |= (p.exact_pos[view.n * slots + j] >= 0) << (j / kWarp);
 #pragma unroll 1
     for (int j = warp_id(); j < slots; j += warp_count()) hold(j, view.value(p.window + j, head));
@@ -158,77 +213,95 @@ class ExactScan {
   }
 
   __device__ void write_index(int32_t* to) const {
-    const int j = threadIdx.x;
-    if (head == 0 && j < slots) to[j] = position_ >= 0 ? source_ : -1;
+    const int j = own_slot();
+    if (rank == 0 && j >= 0 && j < slots) to[j] = position_ >= 0 ? source_ : -1;
   }
 
+  // All warps but the first: scores of the chunk's candidates with the slots as they are.
+  __device__ void prepare(const ExactCandidates<T, kDim>& chunk, int at, int turn, int64_t evicted) {
+    if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
+    hopper::wait(fetched + at % kBuffers, at / kBuffers % 2);
+    compare(chunk, turn);
+    if (bytes > 0) {  // not a single block
+      hopper::wait(sent + turn, at / 2 % 2);
+      if (threadIdx.x == kWarp) hopper::arrive_expect(sent + turn, bytes);
+    }
+    // By those that come last to a second tile.
+    if (const int c = comparer() - (kComparing - kTileRows); c >= 0) find_match(c, turn);
+  }
+  // Sinks are compared with; take_in says the rest.
   __device__ void pin(int64_t evicted, int pinned) {
-    __syncthreads();
 #pragma unroll 1
-    for (int c = warp_id(); c < pinned; c += warp_count()) {
-      hold(static_cast<int>(evicted) + c, view.value(view.source_of(evicted + c), head));
+    for (int c = 0; c < pinned; ++c) {
+      const int j = static_cast<int>(evicted) + c;
+      if (const int group = j / kTileColumns; group % kBlocks == part && group / kBlocks % kComparing == comparer()) hold(j, view.value(view.source_of(j), head));
+      used_ |= (j % kWarp == lane_id()) << (j / kWarp);
     }
-    const auto is_pinned = [&](int j) { return j >= evicted && j < evicted + pinned; };
-    if (const int j = threadIdx.x; is_pinned(j)) {
-      position_ = time_ = j;
-      source_ = view.source_of(j);
-      work.time[j] = j;
-    }
-    for (int j = lane_id(); j < slots; j += kWarp) used_ |= is_pinned(j) << (j / kWarp);
-    inserts_ += pinned;
-    __syncthreads();
+    __syncwarp();
   }
 
   // Sends this head's cosines of candidates and slots to all blocks.
   __device__ void compare(const ExactCandidates<T, kDim>& chunk, int turn) const {
     const float candidate_norm = chunk.norm[lane_id() / kTileColumns];
 #pragma unroll 1
-    for (int group = warp_id(); group < groups; group += warp_count()) {
+    for (int group = part + comparer() * kBlocks; group < groups; group += kComparing * kBlocks) {
       float column[kTileColumns][kParts];
 #pragma unroll
       for (int j = 0; j < kTileColumns; ++j) load_packed_row(column[j], work.slot + (group * kTileColumns + j) * kDim);
       const float dot =
           tile_dots<true>(column, [&](float(&to)[kParts], int c) { load_packed_row(to, chunk.value + c * kDim); });
       const float cosine = div_rn(dot, mul_rn(candidate_norm, work.norm[group * kTileColumns + lane_id() % kTileColumns]));
-      const float* to = work.cosine[turn][head] + group * kTilePitch + lane_id();
-#pragma unroll 1
-      for (int block = 0; block < heads; ++block) send(remote_address(to, block), cosine, remote_address(sent + turn, block));
+      work.cosine[turn][head][tile(group) + lane_id()] = cosine;
     }
+    hopper::fence_async_proxy();
+    hopper::sync_threads(1, kComparing * kWarp);
+    if (comparer() != 0 || lane_id() >= heads * kBlocks || lane_id() == rank || tiles == 0) return;
+    const float* from = work.cosine[turn][head] + tile(part);
+    send_bytes(remote_address(from, lane_id()), from, static_cast<uint32_t>(tiles * kTilePitch * sizeof(float)),
+               remote_address(sent + turn, lane_id()));
+  }
+  // Where a group's tile lies: those of a block together.
+  static __device__ int tile(int group) {
+    return (group % kBlocks * (kSlots / kTileColumns / kBlocks) + group / kBlocks) * kTilePitch;
   }
 
-  // The best slot of the candidate of this warp.
-  __device__ void find_match(int turn) const {
+  // The best slot of candidate c. One warp.
+  __device__ void find_match(int c, int turn) {
     const float reciprocal = 1.0f / static_cast<float>(heads);
-    const float* from = work.cosine[turn][0] + warp_id() * kTileColumns + lane_id() % kTileColumns;
+    const float* from = work.cosine[turn][0] + c * kTileColumns + lane_id() % kTileColumns;
     const Match match = best_match(slots, [&](int j) {
-      const uint32_t key = score_key(head_mean(from + j / kTileColumns * kTilePitch, kSent, heads, reciprocal));
-      return work.key[warp_id()][j] = used_ >> (j / kWarp) & 1 ? key : 0;
+      const uint32_t key = score_key(head_mean(from + tile(j / kTileColumns), kSent, heads, reciprocal));
+      return work.key[turn][c][j] = used_ >> (j / kWarp) & 1 ? key : 0;
     });
-    if (lane_id() == 0) work.match[warp_id()] = match;
+    if (lane_id() == 0) work.match[turn][c] = match;
   }
 
-  // What the verdicts change. Thread j keeps what is known of slot j, a warp the values that it alone compares.
-  __device__ void take_in(const ExactCandidates<T, kDim>& chunk, int64_t evicted, bool counted) {
-    int last = -1, filler = -1;  // of the slot of this thread's number: the candidates that touched and filled it last
+  // What chunk i and the verdicts about it change. Thread j + 32 keeps what is known of slot j, a warp the values that it alone
+  // compares.
+  __device__ void take_in(const ExactCandidates<T, kDim>& chunk, int turn, int i, int64_t evicted) {
+    if (const int pinned = view.sinks_at(evicted + p.window); own_slot() >= evicted && own_slot() < evicted + pinned) {
+      position_ = time_ = own_slot();
+      source_ = view.source_of(own_slot());
+    }
+    int last = -1, filler = -1;  // of this thread's slot: the candidates that touched and filled it last
 #pragma unroll
     for (int c = 0; c < kTileRows; ++c) {
-      const int verdict = work.verdict[c], slot = verdict & static_cast<int>(kSlotMask);
-      const bool real = verdict != kNone, filled = real && verdict < kTouched, here = slot == static_cast<int>(threadIdx.x);
+      const int verdict = work.verdict[turn][c], slot = verdict & static_cast<int>(kSlotMask);
+      const bool real = verdict != kNone, filled = real && verdict < kTouched, here = slot == own_slot();
       used_ |= (filled && slot % kWarp == lane_id()) << (slot / kWarp);
       last = real && here ? c : last;
       filler = filled && here ? c : filler;
     }
     if (last >= 0) {
       time_ = evicted + chunk.offset[last];
-      if (!counted) work.time[threadIdx.x] = time_;
     }
     if (filler >= 0) {
       position_ = evicted + chunk.offset[filler];
       source_ = chunk.source[filler];
     }
-    const int mine = work.verdict[lane_id() / kTileColumns];
+    const int mine = work.verdict[turn][lane_id() / kTileColumns];
 #pragma unroll 1
-    for (int group = warp_id(); group < groups; group += warp_count()) {
+    for (int group = part + comparer() * kBlocks; group < groups; group += kComparing * kBlocks) {
       unsigned fills = __ballot_sync(kAllLanes, mine == group * kTileColumns + lane_id() % kTileColumns);
 #pragma unroll 1
       for (; fills != 0; fills &= fills - 1) {  // of two candidates for one slot the later one stays
@@ -238,18 +311,19 @@ class ExactScan {
       }
     }
     __syncwarp();
+    write_index(p.index + view.index_row(i, 0));
   }
 
   const BankScan& p;
   const ScanView<T> view;
-  Carver carver_;
   Shared& work;
-  const CandidateLists lists;
-  uint64_t *sent, *fetched;  // barriers (2) and (3): cosines of all heads, and candidates
-  const int head, heads, slots, sinks, chunks, groups;
-  const uint32_t bytes;
+  uint64_t *sent, *fetched;  // barriers (2) and (4): cosines of all heads, and candidates
+  const int rank, head, part, heads, slots, sinks, chunks, groups;
+  const int tiles;  // groups that this block compares
+  const uint32_t bytes;  // that others send of a chunk
+  const int64_t evicted0;  // first position that chunk 0 would evict
   unsigned used_ = 0;  // bit u for slot lane + 32 u
-  int64_t position_ = -1, time_ = 0;  // of the slot of this thread's number
+  int64_t position_ = -1, time_ = 0;  // of this thread's slot
   int source_ = -1, inserts_ = 0, hits_ = 0;
 };
 

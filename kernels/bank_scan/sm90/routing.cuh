@@ -18,11 +18,13 @@ constexpr int kTilePitch = kTile + kTileColumns;
 
 // Scores as integers that order like them; 0 stands for no score, NaN is less than any number.
 constexpr uint32_t kNanKey = 1;
-constexpr uint32_t kStuckKey = ~0u;  // of a NaN that a search began with and so keeps: nothing is greater
 __device__ inline uint32_t score_key(float score) {
   const uint32_t bits = __float_as_uint(score + 0.0f);  // one zero
   const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
   return score == score ? key : kNanKey;
+}
+__device__ inline float score_of(uint32_t key) {
+  return __uint_as_float(key ^ ((key & 0x80000000u) != 0 ? 0x80000000u : ~0u));
 }
 // The least float that is not below tau: x < tau in float64 and x < float_threshold(tau) are the same for every float x.
 __device__ inline float float_threshold(double tau) { return __double2float_ru(tau); }
@@ -60,8 +62,8 @@ struct Match {
 // The best slot of one candidate, ties to the lowest, in every lane. key(j) of slot j, 0 where free. One warp.
 template <class Key>
 __device__ inline Match best_match(int slots, Key key) {
-  uint32_t best = 0, opening = 0;  // of this lane; key of its first slot in use
-  int slot = slots, first = slots;
+  uint32_t best = 0;
+  int slot = slots;
 #pragma unroll 1
   for (int j = lane_id(); j < slots; j += kWarp) {
     const uint32_t here = key(j);
@@ -69,20 +71,22 @@ __device__ inline Match best_match(int slots, Key key) {
       best = here;
       slot = j;
     }
-    if (opening == 0 && here != 0) {
-      opening = here;
-      first = j;
-    }
-  }
-  if (__any_sync(kAllLanes, opening == kNanKey)) {
-    const int lowest = __reduce_min_sync(kAllLanes, first);
-    if (opening == kNanKey && first == lowest) {
-      best = kStuckKey;
-      slot = first;
-    }
   }
   const uint32_t top = __reduce_max_sync(kAllLanes, best);
   return {top, __reduce_min_sync(kAllLanes, best == top ? slot : slots)};
+}
+
+constexpr int kStale = 1 << 8;  // mark of a best slot that was overwritten
+
+// Slot `to` was filled by what scores `met`: it may be the best now, or have been. A stale match keeps its key, which nothing
+// else exceeds.
+__device__ inline void meet(Match& match, uint32_t met, int to) {
+  const int mine = match.slot & (kStale - 1);
+  if (met > match.key || (met == match.key && to <= mine)) {
+    match = {met, to};
+  } else if (to == mine) {
+    match.slot |= kStale;
+  }
 }
 
 // The order in which slots were last touched, and the sequential rule; in the registers of one warp.
@@ -102,12 +106,14 @@ struct SlotQueue {
 
   // Routes the candidates of the mask in order. Lane c brings the best match of candidate c. order(i) is that of the position of
   // candidate i, gram(c, i) the key of the cosine of candidates c and i, key(c, j) that of candidate c with what slot j held
-  // before. Leaves the slot that candidate i filled, -1 if none, in filled[i], and returns slot and action of candidate c in lane
-  // c.
-  template <class Order, class Gram, class Key>
+  // before, or holds, where put(j, met) in lane c takes note that it compares so with what fills slot j. Leaves the slot that
+  // candidate i filled, -1 if none, in filled[i], and returns slot and action of candidate c in lane c.
+  struct NoNotes {
+    __device__ void operator()(int, uint32_t) const {}
+  };
+  template <class Order, class Gram, class Key, class Put = NoNotes>
   __device__ RouteAction route(const NoveltyRule& rule, unsigned candidates, Match match, Order order, Gram gram, Key key,
-                               int* filled, int& slot) {
-    constexpr int stale = 1 << 8;  // mark of a best slot that was overwritten
+                               int* filled, int& slot, Put put = {}) {
     const uint32_t novel = score_key(float_threshold(rule.tau_novel)), matching = score_key(float_threshold(rule.tau_match));
     RouteAction action = kSkip;
     slot = -1;
@@ -118,19 +124,21 @@ struct SlotQueue {
       uint32_t best = __shfl_sync(kAllLanes, match.key, i);
       int found = __shfl_sync(kAllLanes, match.slot, i);
       const bool routed = candidates & 1;
-      if (found >= stale && routed) {
+      if (found >= kStale && routed) {
         __syncwarp();
         const Match again = best_match(rule.slots, [&](int j) {
           uint32_t now = key(i, j);
+          if constexpr (std::is_same_v<Put, NoNotes>) {
 #pragma unroll 1
-          for (int c = 0; c < i; ++c) now = filled[c] == j ? gram(i, c) : now;
+            for (int c = 0; c < i; ++c) now = filled[c] == j ? gram(i, c) : now;
+          }
           return now;
         });
         best = again.key;
         found = again.slot;
       }
       const bool known = best >= novel || best == kNanKey;
-      const bool refreshes = known && rule.refresh_on_hit && best >= matching && best != kStuckKey && found >= rule.sinks;
+      const bool refreshes = known && rule.refresh_on_hit && best >= matching && found >= rule.sinks;
       const bool fills = routed && (!known || refreshes);
       const int to = !routed ? -1 : known ? found : static_cast<int>(oldest & kSlotMask);
 #pragma unroll
@@ -142,11 +150,9 @@ struct SlotQueue {
         slot = to;
         action = !routed ? kSkip : !known ? kInsert : refreshes ? kRefresh : kTouch;
       }
-      const int mine = match.slot & (stale - 1);
-      if (fills && (met > match.key || (met == match.key && to <= mine))) {
-        match = {met, to};
-      } else if (fills && to == mine) {
-        match.slot |= stale;
+      if (fills) {
+        meet(match, met, to);
+        put(to, met);
       }
     }
     return action;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../../common/mma.cuh"
+#include "../../common/wgmma.cuh"
 #include "candidates.cuh"
 #include "cluster.cuh"
 #include "routing.cuh"
@@ -8,336 +9,575 @@
 namespace coda::kernels::sm90 {
 
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
+constexpr int kGroupSlots = 32;  // that a warpgroup compares with the candidates
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
-// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the 2 D / 16 accumulations, D 128, each of 17 addends,
-// none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every addend: 2^-14.8 together.
-constexpr float kMargin = 0x1p-13f;
+// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the D / 16 accumulations of the high parts, D 128,
+// each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every addend, and
+// those of the low parts are less by 2^-8. Norms, quotients and the sums of fixed order add 2^-18.6: 2.25e-5 together.
+constexpr float kMargin = 0x1.8p-15f;
+
+// What the lists say of a chunk's candidates.
+struct alignas(16) CandidateList {
+  CandidateRows rows[kSummaryRows];
+  float gate[kSummaryRows], norm[kSummaryRows];
+  int offset[kSummaryRows];
+};
 
 // Shared memory of one block of the summary bank's cluster, which holds one KV head.
 template <class T, int kDim>
-struct alignas(16) SummaryShared {
-  static constexpr int kPitch = kDim + 16;  // of the rows that the tensor cores read: quarter-warps meet all banks
-  float k[kSummaryRows * kDim], v[kSummaryRows * kDim];
-  T high[kSummaryRows * kPitch], low[kSummaryRows * kPitch];  // v over its norm, as a sum
-  T value[2 * kSummaryRows * kPitch];                         // candidates of this chunk and the next
-  T key[kSummaryRows * kDim];
-  float gate[2 * kSummaryRows], norm[2 * kSummaryRows];
-  int offset[2 * kSummaryRows];
+struct alignas(1024) SummaryShared {
+  // Operands of the products: swizzled panels of 64 rows, which are 64 elements wide.
+  static constexpr int kTileElements = kSummaryRows * kDim, kPanelBytes = kSummaryRows * 128;
+  static constexpr int kLists = 5;  // of the chunk before, this one and the next three
+  T direction[2][kTileElements];  // values over their norms, as sums: of 32 slots the high parts, then the low ones
+  T value[3][kTileElements];      // candidates of this chunk and the next two
+  float v[kSummaryRows * kDim];
+  T key[2][kSummaryRows * kDim];      // of this chunk and the one before
+  CandidateList list[kLists];
   uint32_t gram[kSummaryRows * kSummaryRows];  // keys of the mean cosines of candidates
   Match best[kSummaryRows];                    // in fixed order
-  int choice[kSummaryRows];                 // slot of each candidate, -1 where the tensor cores leave it open
-  int open[kSummaryRows];                   // candidates to be compared in fixed order
-  int slot[kSummaryRows];                   // the decision
-  float mass[kSummaryRows], slot_norm[kSummaryRows];
-  float cosine[2 * kSummaryRows];  // (Hkv, owned, 128) what each head sent: of slots, then of candidates
+  int choice[kSummaryRows];                    // what the tensor cores say of each candidate, see settle
+  int open[kSummaryRows];                      // candidates to be compared in fixed order
+  int slot[kSummaryRows];                      // the decision where slots were claimed
+  float mass[kSummaryRows];
+  float cosine[2 * kSummaryRows];  // (Hkv, owned, 128) what each head sent in fixed order: of slots, then of candidates
 
-  // Rows of candidates that one block sums over the heads, the most.
-  static __host__ __device__ int owned(int heads) { return (kSummaryRows / kTileRows + heads - 1) / heads * kTileRows; }
-  static __host__ __device__ size_t bytes(int heads) {
-    return offsetof(SummaryShared, cosine) + sizeof(cosine) * heads * owned(heads);
+  // Rows of candidates that one block sums over the heads, the most; `blocks` blocks a head get them in batches.
+  static __host__ __device__ int owned(int heads, int blocks) {
+    const int batch = kTileRows / blocks, all = heads * blocks;
+    return (kSummaryRows / batch + all - 1) / all * batch;
+  }
+  static __host__ __device__ size_t bytes(int heads, int blocks) {
+    return offsetof(SummaryShared, cosine) + sizeof(cosine) * heads * owned(heads, blocks);
   }
 };
 
-// One block of a cluster that walks the chunks of one sequence.
-template <class T, int kParts>
+// One block of a cluster that walks the chunks of one sequence. A warp keeps its slots in registers, each lane kParts neighbouring
+// elements. What others wait for, values and who goes where, comes first; keys and snapshots follow while scores travel.
+template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
-      : p(params), view(params, n), carver_(params.workspace), work(*reinterpret_cast<Shared*>(shared)),
-        lists(carver_, params, params.banks), scored(barriers), decided(barriers + 1), fetched(barriers + 2),
-        fetched_keys(barriers + 4), head(cluster_rank()), heads(params.kv_heads), slots(params.summary_slots),
-        chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads)),
-        spawning(score_key(float_threshold(params.tau_spawn))), reciprocal(1.0f / static_cast<float>(params.kv_heads)),
+      : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)),
+        scored(barriers), decided(barriers + 1), met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads), slots(params.summary_slots),
+        first(part * kSlots + warp_id() * kWarpSlots),
+        chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
         stay(sigmoid(-static_cast<const float*>(params.eta_logit)[head])) {}
 
   __device__ void run() {
     const Span& span = view.span;
     if (threadIdx.x == 0) {
-      for (auto* barrier : {scored, decided, fetched, fetched + 1, fetched_keys}) hopper::init_barrier(barrier, 1);
+      for (auto* barrier : {scored, decided, met}) hopper::init_barrier(barrier, 1);
       hopper::fence_barrier_init();
     }
     cluster_arrive();
-    load_state();
-    __syncthreads();
-    refresh();
+    // Of the batch of candidates whose scores this lane sends on.
+    const int batch = warp_id() % 4 * 16 + lane_id() % (16 / kBatch) * kBatch;
+    batch_to_ = remote_address(near(head, (warp_id() / 4 + part) % 2) + owned_row(batch) * kGroupSlots, owner(batch));
+    batch_scored_ = remote_address(scored, owner(batch));
+    Slots bank;
+    load_state(bank);
     int i = 0;
     for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
-      hopper::fence_async_proxy();
-      __syncthreads();
-      write_snapshot(i);
+      write_snapshot(span.row0 + i, bank);
     }
-    int count = count_of(i), next_count = count_of(i + 1), free = 1, buffer = 0;
-    CandidateRows rows = rows_of(i), next_rows = rows_of(i + 1);
-    fetch_values(i, 0, rows, count);
-    uint32_t parity = 0, keys_parity = 0;
-    __syncthreads();
+    int count = count_of(i), next_count = count_of(i + 1), free = 1;
+    // Buffers of this chunk: values come two chunks ahead, keys only with it.
+    int values = 0, list = 0, turn = 0;
+    const auto list_at = [&](int ahead) -> CandidateList& { return work.list[(list + ahead) % Shared::kLists]; };
+    for (int ahead = 0; ahead < 3; ++ahead) fetch_list(i + ahead, list_at(ahead));
+    await_copies();
+    sync();
+    for (int ahead = 0; ahead < 2; ++ahead) fetch_values(i + ahead, list_at(ahead), work.value[ahead]);
+    await_copies();
+    sync();
+    Moves moves{};
+    Choice choice{-1, -1};
+    const int last_list = Shared::kLists - 1;
+    // What nothing waits for.
+    const auto finish = [&](int done) {
+      move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(last_list).gate);
+      write_snapshot(span.row0 + done, bank);
+      if (rank != 0 || warp_id() != 0) return;
+      int32_t* to = p.assignment + (span.row0 + done) * p.chunk;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        if (choice.slot[u] >= 0) to[list_at(last_list).offset[lane_id() + u * kWarp]] = choice.slot[u];
+      }
+    };
     cluster_wait();
 #pragma unroll 1
     for (; i < chunks; ++i) {
-      fetch_keys(rows, count);
-      fetch_values(i + 1, buffer ^ 1, next_rows, next_count);
-      const int later_count = count_of(i + 2);
-      rows = next_rows;
-      next_rows = rows_of(i + 2);
-      // A slot once in use stays so.
-      if (free > 0) free = __syncthreads_count(threadIdx.x < slots && !(work.mass[threadIdx.x] > 0.0f));
-      hopper::wait(fetched + buffer, parity);
-      if (count > 0) choose(buffer, count, free);
-      if (threadIdx.x == 0) hopper::wait_stores_read();
-      __syncthreads();
-      if (count > 0) {
-        hopper::wait(fetched_keys, keys_parity);
-        keys_parity ^= 1;
-        update(buffer, count);
-        const int64_t row = span.row0 + i;
-        if (head == 0 && threadIdx.x < count) {
-          p.assignment[row * p.chunk + work.offset[buffer * kSummaryRows + threadIdx.x]] = work.slot[threadIdx.x];
+      const int after = values == 2 ? 0 : values + 1, later = after == 2 ? 0 : after + 1;
+      if (free > 0) free = free_slots();  // a slot once in use stays so
+      CandidateList& here = list_at(0);
+      if (count > 0 && free < slots) {
+        if (const int rows = owned_count(count); rows > 0) {
+          const int batches = (rows + kBatch - 1) / kBatch, groups = (slots + kGroupSlots - 1) / kGroupSlots;
+          expect(scored, heads * groups * batches * kBatchBytes);
         }
+        expect(decided, count * static_cast<int>(sizeof(int)));
+        approximate(work.value[values], here.norm, count);
       }
-      hopper::fence_async_proxy();
-      __syncthreads();
-      write_snapshot(i);
-      parity ^= buffer;
-      buffer ^= 1;
+      // While the scores travel: what the last chunk left to do, and what the next ones need.
+      if (turn > 0) finish(i - 1);
+      fetch_keys(here, work.key[turn % 2]);
+      fetch_values(i + 2, list_at(2), work.value[later]);
+      fetch_list(i + 3, list_at(3));
+      const int later_count = count_of(i + 2);
+      moves.met = 0;
+      choice = {-1, -1};
+      if (count > 0) {
+        choice = choose(bank, work.value[values], here.norm, count, free);
+        move_values(bank, moves, choice, work.value[values], here.gate);
+        if (free > 0) mark_used(choice);
+      }
+      await_copies();
+      sync();
+      values = after;
+      list = (list + 1) % Shared::kLists;
+      ++turn;
       count = next_count;
       next_count = later_count;
     }
-    hopper::fence_async_proxy();
-    __syncthreads();
-    write(p.new_summary_k, p.new_summary_v, p.new_summary_mass, view.n);
-    if (threadIdx.x == 0) hopper::wait_stores();
+    if (turn > 0) finish(chunks - 1);
+    const int64_t kept = view.summary_row(view.n, head, first);
+    write_rows(static_cast<float*>(p.new_summary_k) + kept, bank.k);
+    write_rows(static_cast<float*>(p.new_summary_v) + kept, bank.v);
+    write_mass(p.new_summary_mass, view.n, bank);
+    if (lane_id() == 0) hopper::wait_stores();
   }
 
  private:
   static constexpr int kDim = kParts * kWarp;
+  static constexpr int kWarpSlots = kSummaryRows / kBlocks / (kScanThreads / kWarp);  // neighbouring slots that a warp keeps
+  // Of one block: its slots, its warps, and how many neighbouring candidates' scores it sums.
+  static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kScanThreads / kWarp, kBatch = kTileRows / kBlocks,
+                       kBatchBytes = kBatch * kGroupSlots * static_cast<int>(sizeof(float));
   using Shared = SummaryShared<T, kDim>;
-  static constexpr uint32_t kRowBytes = kDim * sizeof(T);
-  static constexpr int kWarps = 16, kWarpSlots = kSummaryRows / kWarps;  // a warp has 4 neighbouring slots, and fetches 4 rows
+  static constexpr int kLoads = kSummaryRows / kWarps * kDim / (kWarp * kPacket);  // packets of 16 bytes that a lane fetches
+  struct Slots {
+    float k[kWarpSlots][kParts], v[kWarpSlots][kParts];
+    float mass;  // of the slot of lane % kWarpSlots
+  };
+  // Who went to this warp's slots, and what that does to them: mass, its inverse, and rate of the slot of lane % kWarpSlots.
+  struct Moves {
+    uint64_t members[kWarpSlots];  // the candidates of each
+    unsigned met, used;            // slots that got any; that held something before
+    float mass, share, rate;
+  };
+  struct Choice {
+    int slot[2];  // of candidates lane and lane + 32, -1 beyond the last
+  };
+  // What this thread fetched is there, for the tensor cores too.
+  static __device__ void await_copies() {
+    ampere::commit_copies();
+    ampere::wait_copies<0>();
+    hopper::fence_async_proxy();
+  }
+  static __device__ void sync() { hopper::sync_threads(1, kWarps * kWarp); }
+  __device__ bool holds(int slot) const { return slot / kSlots == part; }
 
-  __device__ void load_state() {
+  __device__ void load_state(Slots& bank) const {
     const float* mass = static_cast<const float*>(p.state_summary_mass) + view.n * slots;
-    const float* k = static_cast<const float*>(p.state_summary_k) + view.summary_row(view.n, head, 0);
-    const float* v = static_cast<const float*>(p.state_summary_v) + view.summary_row(view.n, head, 0);
-    for (int item = threadIdx.x; item < slots * kDim; item += blockDim.x) {
-      const bool read = chunks == 0 || mass[item / kDim] > 0.0f;
-      work.k[item] = read ? k[item] : 0.0f;
-      work.v[item] = read ? v[item] : 0.0f;
-    }
-    for (int j = threadIdx.x; j < slots; j += blockDim.x) work.mass[j] = mass[j];
-  }
-  // Eight lanes have one slot of the warp; each has 8 neighbouring elements of every 64.
-  static constexpr int kPieces = kDim / 64;
-  static __device__ int slot_of_lane() { return warp_id() * kWarpSlots + lane_id() / 8; }
-  static __device__ int element(int piece) { return piece * 64 + lane_id() % 8 * kPacket; }
-
-  // The norms of this warp's slots, and their values as the tensor cores read them.
-  __device__ void refresh() const {
-    const int first = warp_id() * kWarpSlots;
-    float rows[kWarpSlots][kParts];
+    bank.mass = 0.0f;
+    if (const int j = first + lane_id() % kWarpSlots; j < slots) bank.mass = mass[j];
+    for (int j = threadIdx.x; j < slots; j += kWarps * kWarp) work.mass[j] = mass[j];
 #pragma unroll
-    for (int j = 0; j < kWarpSlots; ++j) load_lane_row(rows[j], work.v + (first + j) * kDim);
-    const float norm = column_norm(rows), scale = __shfl_sync(kAllLanes, __fdividef(1.0f, norm), lane_id() / 8);
-    if (lane_id() < kWarpSlots) work.slot_norm[first + lane_id()] = norm;
+    for (int s = 0; s < kWarpSlots; ++s) {
+      const float here = __shfl_sync(kAllLanes, bank.mass, s);
+      const bool read = first + s < slots && (chunks == 0 || here > 0.0f);
+      const int64_t at = view.summary_row(view.n, head, first + s) + lane_id() * kParts;
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const auto* v = reinterpret_cast<const float2*>(work.v + slot_of_lane() * kDim + element(piece));
-      uint32_t high[4], low[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float2 x = v[w];
-        high[w] = pack<T>(x.x * scale, x.y * scale);
-        const float2 taken = unpack<T>(high[w]);
-        low[w] = pack<T>(x.x * scale - taken.x, x.y * scale - taken.y);
+      for (int e = 0; e < kParts; ++e) {
+        bank.k[s][e] = read ? static_cast<const float*>(p.state_summary_k)[at + e] : 0.0f;
+        bank.v[s][e] = read ? static_cast<const float*>(p.state_summary_v)[at + e] : 0.0f;
       }
-      const int at = slot_of_lane() * Shared::kPitch + element(piece);
-      *reinterpret_cast<uint4*>(work.high + at) = {high[0], high[1], high[2], high[3]};
-      *reinterpret_cast<uint4*>(work.low + at) = {low[0], low[1], low[2], low[3]};
+    }
+    publish(bank, ~0u);
+  }
+
+  template <int kElements>
+  static __device__ void store_row(float* to, const float (&x)[kElements]) {
+    if constexpr (kElements == 4) {
+      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+    } else {
+      *reinterpret_cast<float2*>(to) = {x[0], x[1]};
     }
   }
 
-  __device__ int count_of(int i) const { return i < chunks ? lists.summary_count[view.span.row0 + i] : 0; }
-  // Of the candidate that this lane fetches, of lanes 0 to 3. Read a chunk ahead of the copy.
-  __device__ int fetched_row() const { return warp_id() * kWarpSlots + lane_id(); }
-  __device__ CandidateRows rows_of(int i) const {
-    if (i >= chunks || lane_id() >= kWarpSlots || fetched_row() >= lists.tokens) return {};
-    return lists.summary_rows[((view.span.row0 + i) * heads + head) * lists.tokens + fetched_row()];
+  static __device__ void load_row(float (&x)[kParts], const float* from) {
+    using Row = std::conditional_t<kParts == 4, float4, float2>;
+    const Row row = *reinterpret_cast<const Row*>(from);
+    x[0] = row.x;
+    x[1] = row.y;
+    if constexpr (kParts == 4) {
+      x[2] = row.z;
+      x[3] = row.w;
+    }
   }
-  __device__ void fetch_keys(const CandidateRows& rows, int count) const {
-    if (threadIdx.x == 0 && count > 0) hopper::arrive_expect(fetched_keys, count * kRowBytes);
-    if (rows.key != nullptr) hopper::load_bytes(work.key + fetched_row() * kDim, rows.key, fetched_keys, kRowBytes);
+
+  // This warp's values in fixed order's reach, and as the tensor cores read them, of the slots of the mask.
+  __device__ void publish(const Slots& bank, unsigned changed) const {
+    float square[kWarpSlots];
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) {
+      square[s] = 0.0f;
+#pragma unroll
+      for (int e = 0; e < kParts; ++e) square[s] += bank.v[s][e] * bank.v[s][e];
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int s = 0; s < kWarpSlots; ++s) square[s] += __shfl_xor_sync(kAllLanes, square[s], offset);
+    }
+    T* direction = work.direction[first / kGroupSlots];
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) {
+      if (!(changed >> s & 1)) continue;
+      store_row(work.v + (first + s) * kDim + lane_id() * kParts, bank.v[s]);
+      // What no 16-bit numbers can stand for becomes NaN, and is left to fixed order.
+      const float scale = square[s] < CUDART_INF_F ? rsqrtf(fmaxf(square[s], 1e-12f)) : CUDART_NAN_F;
+      float high[kParts], low[kParts];
+#pragma unroll
+      for (int e = 0; e < kParts; ++e) {
+        high[e] = bank.v[s][e] * scale;
+        low[e] = high[e] - widen(narrow<T>(high[e]));
+      }
+      // Slot 8 t + 2 b + e of the 32 is row 8 b + 2 t + e, so that a lane of the products has eight neighbouring slots.
+      const int slot = (first + s) % kGroupSlots, row = slot % 8 / 2 * 8 + slot / 8 * 2 + slot % 2;
+      store_part(place(direction, row, lane_id() * kParts), high);
+      store_part(place(direction, kGroupSlots + row, lane_id() * kParts), low);
+    }
+    hopper::fence_async_proxy();
   }
-  __device__ void fetch_values(int i, int buffer, const CandidateRows& rows, int count) const {
+  // Element d of a row of swizzled panels.
+  template <class Element>
+  static __device__ Element* place(Element* rows, int row, int d) {
+    const int packet = hopper::swizzled(row, d % 64 / kPacket) / static_cast<int>(sizeof(T));
+    return rows + d / 64 * (Shared::kPanelBytes / static_cast<int>(sizeof(T))) + packet + d % kPacket;
+  }
+
+  __device__ int count_of(int i) const { return i < chunks ? p.lists.summary_count[view.span.row0 + i] : 0; }
+
+  // A warp fetches as many rows as it has slots; which packet of which row is this lane's.
+  static constexpr int kRowPackets = kDim / kPacket;
+  __device__ int fetched_row(int load) const {
+    return warp_id() * (kSummaryRows / kWarps) + (load * kWarp + lane_id()) / kRowPackets;
+  }
+  static __device__ int fetched_element() { return lane_id() % kRowPackets * kPacket; }
+  __device__ void fetch(T* to, const void* from) const {
+    if (from != nullptr) ampere::copy_packet(to, static_cast<const T*>(from) + fetched_element(), true);
+  }
+  __device__ void fetch_values(int i, const CandidateList& list, T* to) const {
     if (i >= chunks) return;
-    const uint32_t list_bytes = lists.tokens * sizeof(float);
-    uint64_t* barrier = fetched + buffer;
-    if (threadIdx.x == 0) hopper::arrive_expect(barrier, count * kRowBytes + 3 * list_bytes);
-    if (rows.value != nullptr) {
-      hopper::load_bytes(work.value + (buffer * kSummaryRows + fetched_row()) * Shared::kPitch, rows.value, barrier, kRowBytes);
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load) {
+      const int row = fetched_row(load);
+      if (row < p.lists.tokens) fetch(place(to, row, fetched_element()), list.rows[row].value);
     }
+  }
+  __device__ void fetch_keys(const CandidateList& list, T* to) const {
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load) {
+      const int row = fetched_row(load);
+      if (row < p.lists.tokens) fetch(to + row * kDim + fetched_element(), list.rows[row].key);
+    }
+  }
+  __device__ void fetch_list(int i, CandidateList& list) const {
+    if (i >= chunks) return;
     const int64_t row = view.span.row0 + i;
-    if (threadIdx.x == kWarp) {
-      hopper::load_bytes(work.gate + buffer * kSummaryRows, lists.summary_gate + row * lists.tokens, barrier, list_bytes);
-      hopper::load_bytes(work.norm + buffer * kSummaryRows, lists.summary_norm + (row * heads + head) * lists.tokens, barrier,
-                         list_bytes);
-      hopper::load_bytes(work.offset + buffer * kSummaryRows, lists.summary_offset + row * lists.tokens, barrier, list_bytes);
+    const auto packet = [&](auto* to, const auto* from, int at) {
+      ampere::copy_packet(reinterpret_cast<uint4*>(to) + at, reinterpret_cast<const uint4*>(from) + at, true);
+    };
+    const int at = threadIdx.x % kSummaryRows, words = p.lists.tokens / 4;
+    switch (threadIdx.x / kSummaryRows) {
+      case 0:
+        if (at < p.lists.tokens) packet(list.rows, p.lists.summary_rows + (row * heads + head) * p.lists.tokens, at);
+        break;
+      case 1:
+        if (at < words) packet(list.gate, p.lists.summary_gate + row * p.lists.tokens, at);
+        break;
+      case 2:
+        if (at < words) packet(list.norm, p.lists.summary_norm + (row * heads + head) * p.lists.tokens, at);
+        break;
+      case 3:
+        if (at < words) packet(list.offset, p.lists.summary_offset + row * p.lists.tokens, at);
+        break;
     }
   }
 
-  // Candidate c's scores are summed by one block: that of batch c / 8.
-  __device__ int owner(int c) const { return c / kTileRows % heads; }
-  __device__ int owned_row(int c) const { return c / kTileRows / heads * kTileRows + c % kTileRows; }
+  // Of the slots of other blocks only this is known.
+  __device__ void mark_used(const Choice& choice) const {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      if (choice.slot[u] >= 0 && !holds(choice.slot[u])) work.mass[choice.slot[u]] = 1.0f;
+    }
+  }
+  __device__ int free_slots() const {
+    const auto is_free = [&](int j) { return j < slots && !(work.mass[j] > 0.0f); };
+    return __popc(__ballot_sync(kAllLanes, is_free(lane_id()))) + __popc(__ballot_sync(kAllLanes, is_free(lane_id() + kWarp)));
+  }
+
+  // Candidate c's scores are summed by one block, which has whole batches of neighbours.
+  __device__ int blocks() const { return heads * kBlocks; }
+  // Where there are blocks for all batches, as with 8 heads, nothing is divided.
+  __device__ int owner(int c) const {
+    const int at = c / kBatch;
+    return at < blocks() ? at : at % blocks();
+  }
+  __device__ int owned_row(int c) const {
+    const int at = c / kBatch, row = c % kBatch;
+    return at < blocks() ? row : at / blocks() * kBatch + row;
+  }
   __device__ int owned_count(int count) const {
     int rows = 0;
-    for (int first = head * kTileRows; first < count; first += heads * kTileRows) rows += min(kTileRows, count - first);
+    for (int c = rank * kBatch; c < count; c += blocks() * kBatch) rows += min(kBatch, count - c);
     return rows;
   }
   // The candidate of this block's r-th row.
-  __device__ int candidate_of_row(int r) const { return (r / kTileRows * heads + head) * kTileRows + r % kTileRows; }
+  __device__ int candidate_of_row(int r) const {
+    return (r / kBatch * blocks() + rank) * kBatch + r % kBatch;
+  }
   __device__ float* sent(int from, int row) const { return work.cosine + (from * owned + row) * 2 * kSummaryRows; }
   __device__ float mean_of(int row, int column) const {
-    return head_mean(sent(0, row) + column, owned * 2 * kSummaryRows, heads, reciprocal);
+    return head_mean(sent(0, row) + column, owned * 2 * kSummaryRows, heads, 1.0f / static_cast<float>(heads));
+  }
+  // What the tensor cores say comes by 32 slots, (Hkv, 2, owned, 32), and is put together behind it, (slots / 32, C, 32).
+  __device__ float* near(int from, int group) const { return work.cosine + (from * 2 + group) * owned * kGroupSlots; }
+  __device__ float* outgoing() const { return work.cosine + heads * owned * kSummaryRows; }
+  // The sum over heads, in any order.
+  __device__ float total_of(int row, int column) const {
+    float total = 0.0f;
+#pragma unroll
+    for (int h = 0; h < kClusterBlocks; ++h) {
+      const float mine = near(min(h, heads - 1), column / kGroupSlots)[row * kGroupSlots + column % kGroupSlots];
+      total += h < heads ? mine : 0.0f;
+    }
+    return total;
   }
   __device__ void expect(uint64_t* barrier, int bytes) const {
     if (threadIdx.x == 0) hopper::arrive_expect(barrier, bytes);
   }
 
-  // Slot of every candidate, to work.slot; its writes are visible after the next barrier.
-  __device__ void choose(int buffer, int count, int free) {
-    int open = count;
-    if (free == 0) {
-      approximate(buffer, count);
-      if (const int rows = owned_count(count); rows > 0) {
-        expect(scored, heads * rows * slots * static_cast<int>(sizeof(float)));
-        hopper::wait(scored, scored_parity_);
-        scored_parity_ ^= 1;
-        for (int r = warp_id(); r < owned; r += warp_count()) {
-          if (candidate_of_row(r) < count) settle(r);
-        }
-      }
-      expect(decided, count * static_cast<int>(sizeof(int)));
-      hopper::wait(decided, decided_parity_);
-      decided_parity_ ^= 1;
-      // Every warp finds the open ones; the lists are the same.
-      open = 0;
-      for (int base = 0; base < count; base += kWarp) {
-        const int c = base + lane_id();
-        const int choice = c < count ? work.choice[c] : 0;
-        const unsigned mask = __ballot_sync(kAllLanes, choice < 0);
-        if (warp_id() == 0) {
-          if (c < count) work.slot[c] = choice;
-          if (choice < 0) work.open[open + __popc(mask & ((1u << lane_id()) - 1))] = c;
-        }
-        open += __popc(mask);
-      }
-      if (open == 0) return;
-    } else {
-      for (int c = threadIdx.x; c < count; c += blockDim.x) work.open[c] = c;
-    }
-    __syncthreads();
-    compare(buffer, open, free > 0);
-    const int words = 2 * open + (free > 0 ? open * kSummaryRows : 0);
-    if (const int rows = owned_count(open); rows > 0) {
-      expect(scored, heads * (rows * (slots + (free > 0 ? kSummaryRows : 0))) * static_cast<int>(sizeof(float)));
-      hopper::wait(scored, scored_parity_);
-      scored_parity_ ^= 1;
-      for (int r = warp_id(); r < owned; r += warp_count()) {
-        if (candidate_of_row(r) < open) find_best(r, free > 0);
-      }
-    }
-    expect(decided, words * static_cast<int>(sizeof(int)));
-    hopper::wait(decided, decided_parity_);
-    decided_parity_ ^= 1;
-    if (free > 0) {
-      if (warp_id() == 0) claim(count);
-    } else {
-      for (int c = threadIdx.x; c < open; c += blockDim.x) work.slot[work.open[c]] = work.best[c].slot;
-    }
-  }
-
-  // Cosines of all candidates and slots by the tensor cores. A warp has 16 candidates and 16 slots.
-  __device__ void approximate(int buffer, int count) const {
-    const int g = lane_id() / 4, t = lane_id() % 4, row0 = warp_id() / 4 * 16, column0 = warp_id() % 4 * 16;
-    if (row0 >= count || column0 >= slots) return;
-    const T* value = work.value + buffer * kSummaryRows * Shared::kPitch;
-    float d[2][4] = {};
-#pragma unroll 2
-    for (int step = 0; step < kDim / 16; ++step) {
-      // Which 16 elements meet in a step is all one, so a lane takes four neighbours.
-      const auto words = [&](const T* rows, int row) {
-        return *reinterpret_cast<const uint2*>(rows + row * Shared::kPitch + step * 16 + t * 4);
-      };
-      const uint2 upper = words(value, row0 + g), lower = words(value, row0 + g + 8);
-      const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
+  // Cosines of all candidates and slots by the tensor cores, 32 slots a warpgroup; sent to the blocks that sum them.
+  __device__ void approximate(const T* value, const float* norm, int count) const {
+    const int group = warp_id() / 4 + part, g = lane_id() / 4, first_row = warp_id() % 4 * 16;
+    if (warp_id() / 4 >= kSlots / kGroupSlots || group * kGroupSlots >= slots) return;
+    float d[32];
+    const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
+    hopper::begin_products();
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const uint2 high = words(work.high, column0 + u * 8 + g), low = words(work.low, column0 + u * 8 + g);
-        ampere::multiply<T>(d[u], a, high.x, high.y);
-        ampere::multiply<T>(d[u], a, low.x, low.y);
-      }
+    for (int step = 0; step < kDim / 16; ++step) {
+      const int at = (step / 4 * Shared::kPanelBytes + step % 4 * 32) / 16;
+      hopper::multiply<T, 0, 0>(d, a + at, b + at, step > 0);
     }
+    hopper::commit_products();
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) inverse[half] = __fdividef(1.0f, norm[first_row + half * 8 + g]);
+    hopper::wait_products<0>();
+    hopper::pin(d);
+    float* const rows = outgoing() + (warp_id() / 4 * kSummaryRows + first_row) * kGroupSlots;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int c = row0 + half * 8 + g;
-      if (c >= count) continue;
-      const float inverse = __fdividef(1.0f, work.norm[buffer * kSummaryRows + c]);
-      const uint32_t to = remote_address(sent(head, owned_row(c)), owner(c)), barrier = remote_address(scored, owner(c));
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const int j = column0 + u * 8 + 2 * t;
-        if (j + 1 < slots) {
-          send(to + j * sizeof(float), d[u][2 * half] * inverse, d[u][2 * half + 1] * inverse, barrier);
-        } else if (j < slots) {
-          send(to + j * sizeof(float), d[u][2 * half] * inverse, barrier);
+      for (int four = 0; four < 8; four += 4) {
+        float x[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+          const int at = (four + u) / 2 * 4 + half * 2 + u % 2;
+          x[u] = (d[at] + d[at + 16]) * inverse[half];
         }
+        store_row(rows + (half * 8 + g) * kGroupSlots + lane_id() % 4 * 8 + four, x);
       }
     }
+    hopper::fence_async_proxy();
+    __syncwarp();
+    // A batch a lane.
+    if (lane_id() >= 16 / kBatch || first_row + lane_id() * kBatch >= count) return;
+    send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
   }
 
-  // Tells all blocks the slot of this block's r-th candidate if rounding cannot change it, else -1. One warp.
-  __device__ void settle(int r) const {
-    const float below = -CUDART_INF_F;
-    const bool second = lane_id() + kWarp < slots;
-    const float a = lane_id() < slots ? mean_of(r, lane_id()) : below, b = second ? mean_of(r, lane_id() + kWarp) : below;
-    const float top = warp_max(fmaxf(a, b));
-    const unsigned near_a = __ballot_sync(kAllLanes, lane_id() < slots && !(a < top - kMargin));
-    const unsigned near_b = __ballot_sync(kAllLanes, second && !(b < top - kMargin));
-    const bool sure = __popc(near_a) + __popc(near_b) == 1 && fabsf(top) <= 2.0f;
-    const int choice = !sure ? -1 : near_a ? __ffs(near_a) - 1 : kWarp + __ffs(near_b) - 1;
-    if (lane_id() < heads) {
+  // What is told of a candidate: its slot, -1 where it is open, or which two slots alone are left.
+  static __device__ int told(int a, int b) { return -2 - (a | b << 8); }
+  static __device__ int left(int choice, int which) { return (-2 - choice) >> (8 * which) & 0xff; }
+
+  // Tells all blocks the slot of this block's r-th candidate if rounding cannot change it. While slots are free, it must not claim
+  // one either. One warp.
+  __device__ void settle(int r, bool claims) const {
+    const float margin = kMargin * static_cast<float>(heads), least = static_cast<float>(p.tau_spawn) * heads + margin;
+    float score[2];
+    unsigned near[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const int j = lane_id() + u * kWarp;
+      score[u] = j < slots && (!claims || work.mass[j] > 0.0f) ? total_of(r, j) : -CUDART_INF_F;
+    }
+    const float top = score_of(__reduce_max_sync(kAllLanes, max(score_key(score[0]), score_key(score[1]))));
+#pragma unroll
+    for (int u = 0; u < 2; ++u) near[u] = __ballot_sync(kAllLanes, !(score[u] < top - margin));
+    const int nearest = __popc(near[0]) + __popc(near[1]);
+    const int lowest = near[0] ? __ffs(near[0]) - 1 : kWarp + __ffs(near[1]) - 1;
+    const int highest = near[1] ? 2 * kWarp - 1 - __clz(near[1]) : kWarp - 1 - __clz(near[0]);
+    int choice = -1;
+    if (fabsf(top) <= 2.0f * static_cast<float>(heads)) {
+      if (nearest == 1 && (!claims || top > least)) choice = lowest;
+      if (nearest == 2 && !claims && top > margin) choice = told(lowest, highest);
+    }
+    if (lane_id() < blocks()) {
       send(remote_address(work.choice + candidate_of_row(r), lane_id()), static_cast<uint32_t>(choice),
            remote_address(decided, lane_id()));
     }
   }
 
+  static __device__ void load_candidate(float (&to)[kParts], const T* value, int c) {
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) to[k] = widen(*place(value, c, lane_id() + k * kWarp));
+  }
+
+  // Slot of every candidate. Only while slots are free may one claim one, and then all wait for fixed order. All warps.
+  __device__ Choice choose(Slots& bank, const T* value, const float* norm, int count, int free) {
+    Choice choice{-1, -1};
+    int open = count, rank[2] = {0, 0};
+    bool pairs = free == 0;
+    if (free < slots) {
+      if (owned_count(count) > 0) {
+        hopper::wait(scored, scored_parity_);
+        scored_parity_ ^= 1;
+        // First those warps that had nothing to multiply.
+        for (int r = warp_id() ^ kWarps >> 1; r < owned; r += kWarps) {
+          if (candidate_of_row(r) < count) settle(r, free > 0);
+        }
+      }
+      hopper::wait(decided, decided_parity_);
+      decided_parity_ ^= 1;
+      open = 0;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int c = lane_id() + u * kWarp;
+        if (c < count) choice.slot[u] = work.choice[c];
+        const unsigned mask = __ballot_sync(kAllLanes, c < count && choice.slot[u] < 0);
+        rank[u] = open + __popc(mask & ((1u << lane_id()) - 1));
+        open += __popc(mask);
+        pairs = pairs && !__any_sync(kAllLanes, c < count && choice.slot[u] == -1);
+      }
+      if (open == 0) return choice;
+    }
+    if (pairs) {
+      compare_pairs(choice, rank, value, norm, open);
+      return choice;
+    }
+    if (free > 0) {
+      open = count;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        choice.slot[u] = -1;
+        rank[u] = lane_id() + u * kWarp;
+      }
+    }
+    if (warp_id() == 0) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int c = lane_id() + u * kWarp;
+        if (c < count && choice.slot[u] < 0) work.open[rank[u]] = c;
+      }
+    }
+    sync();
+    compare(value, norm, open, free > 0);
+    if (const int rows = owned_count(open); rows > 0) {
+      expect(scored, heads * (rows * (slots + (free > 0 ? kSummaryRows : 0))) * static_cast<int>(sizeof(float)));
+      hopper::wait(scored, scored_parity_);
+      scored_parity_ ^= 1;
+      for (int r = warp_id(); r < owned; r += kWarps) {
+        if (candidate_of_row(r) < open) find_best(r, free > 0);
+      }
+    }
+    expect(decided, (2 * open + (free > 0 ? open * kSummaryRows : 0)) * static_cast<int>(sizeof(int)));
+    hopper::wait(decided, decided_parity_);
+    decided_parity_ ^= 1;
+    if (free > 0) {
+      if (warp_id() == 0) claim(count);
+      sync();
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const int c = lane_id() + u * kWarp;
+      if (c < count && choice.slot[u] < 0) choice.slot[u] = free > 0 ? work.slot[c] : work.best[rank[u]].slot;
+    }
+    // Fixed order had no registers left for the values.
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) load_row(bank.v[s], work.v + (first + s) * kDim + lane_id() * kParts);
+    return choice;
+  }
+
+  // Candidates of which two slots are left: every block gets both cosines of all heads.
+  __device__ void compare_pairs(Choice& choice, const int (&rank)[2], const T* value, const float* norm, int open) {
+    auto* cosine = reinterpret_cast<float*>(work.gram);  // (Hkv, 64, 2)
+#pragma unroll 1
+    for (int u = 0; u < 2; ++u) {
+      const int mine = u == 0 ? choice.slot[0] : choice.slot[1], place_of_mine = u == 0 ? rank[0] : rank[1];
+#pragma unroll 1
+      for (unsigned left_here = __ballot_sync(kAllLanes, mine < -1); left_here != 0; left_here &= left_here - 1) {
+        const int lane = __ffs(left_here) - 1, c = lane + u * kWarp;
+        const int two = __shfl_sync(kAllLanes, mine, lane), at = __shfl_sync(kAllLanes, place_of_mine, lane);
+#pragma unroll 1
+        for (int which = 0; which < 2; ++which) {
+          if ((2 * at + which) % kWarps != warp_id() || !holds(left(two, which))) continue;
+          float a[kParts], b[kParts];
+          load_candidate(a, value, c);
+          load_lane_row(b, work.v + left(two, which) * kDim);
+          const float other_norm = lane_norm(b), dot = warp_sum(lane_product<false>(a, b));
+          const float x = div_rn(dot, mul_rn(norm[c], other_norm));
+          if (lane_id() < blocks()) {
+            send(remote_address(cosine + (head * kSummaryRows + at) * 2 + which, lane_id()), x, remote_address(met, lane_id()));
+          }
+        }
+      }
+    }
+    expect(met, heads * open * 2 * static_cast<int>(sizeof(float)));
+    hopper::wait(met, met_parity_);
+    met_parity_ ^= 1;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      if (choice.slot[u] >= -1) continue;
+      const auto key = [&](int which) {
+        return score_key(
+            head_mean(cosine + rank[u] * 2 + which, 2 * kSummaryRows, heads, 1.0f / static_cast<float>(heads)));
+      };
+      choice.slot[u] = left(choice.slot[u], key(1) > key(0) ? 1 : 0);
+    }
+    __syncwarp();
+  }
+
   // Cosines in fixed order of the open candidates and all slots, and of the candidates with each other if some may claim a slot.
-  __device__ void compare(int buffer, int open, bool claims) const {
-    const T* value = work.value + buffer * kSummaryRows * Shared::kPitch;
-    const float* norm = work.norm + buffer * kSummaryRows;
-    const int slot_groups = (slots + kTileColumns - 1) / kTileColumns;
-    const int groups = slot_groups + (claims ? kSummaryRows / kTileColumns : 0);
+  __device__ void compare(const T* value, const float* norm, int open, bool claims) const {
+    const int base = part * kSlots, mine = min(slots - base, kSlots);
+    const int slot_groups = max(0, mine + kTileColumns - 1) / kTileColumns;
+    const int groups = slot_groups + (claims && part == 0 ? kSummaryRows / kTileColumns : 0);
     const auto candidate = [&](int c) { return work.open[min(c, open - 1)]; };
 #pragma unroll 1
-    for (int group = warp_id(); group < groups; group += warp_count()) {
+    for (int group = warp_id(); group < groups; group += kWarps) {
       const bool of_slots = group < slot_groups;
-      const int column = (of_slots ? group : group - slot_groups) * kTileColumns;
+      const int column = of_slots ? base + group * kTileColumns : (group - slot_groups) * kTileColumns;
       float columns[kTileColumns][kParts];
 #pragma unroll
       for (int j = 0; j < kTileColumns; ++j) {
         if (of_slots) {
           load_lane_row(columns[j], work.v + min(column + j, slots - 1) * kDim);
         } else {
-          load_lane_row(columns[j], value + candidate(column + j) * Shared::kPitch);
+          load_candidate(columns[j], value, candidate(column + j));
         }
       }
       const int i = lane_id() / kTileColumns, j = column + lane_id() % kTileColumns;
-      const float column_norm = of_slots ? work.slot_norm[min(j, slots - 1)] : norm[candidate(j)];
+      const float other_norm = of_slots ? column_norm(columns) : norm[candidate(j)];
 #pragma unroll 1
       for (int batch = 0; batch * kTileRows < open; ++batch) {
         const int c = batch * kTileRows + i;
         const float dot = tile_dots<false>(columns, [&](float(&to)[kParts], int r) {
-          load_lane_row(to, value + candidate(batch * kTileRows + r) * Shared::kPitch);
+          load_candidate(to, value, candidate(batch * kTileRows + r));
         });
-        const float cosine = div_rn(dot, mul_rn(norm[candidate(c)], column_norm));
+        const float cosine = div_rn(dot, mul_rn(norm[candidate(c)], other_norm));
         if (c >= open || (of_slots && j >= slots)) continue;
         send(remote_address(sent(head, owned_row(c)) + (of_slots ? j : kSummaryRows + j), owner(c)), cosine,
              remote_address(scored, owner(c)));
@@ -349,7 +589,7 @@ class SummaryScan {
   __device__ void find_best(int r, bool claims) const {
     const int c = candidate_of_row(r);
     const Match best = best_match(slots, [&](int j) { return work.mass[j] > 0.0f ? score_key(mean_of(r, j)) : 0; });
-    if (lane_id() < heads) {
+    if (lane_id() < blocks()) {
       send(remote_address(work.best + c, lane_id()), best.key, static_cast<uint32_t>(best.slot),
            remote_address(decided, lane_id()));
     }
@@ -357,7 +597,7 @@ class SummaryScan {
     const uint32_t a = score_key(mean_of(r, kSummaryRows + 2 * lane_id()));
     const uint32_t b = score_key(mean_of(r, kSummaryRows + 2 * lane_id() + 1));
 #pragma unroll 1
-    for (int block = 0; block < heads; ++block) {
+    for (int block = 0; block < blocks(); ++block) {
       send(remote_address(work.gram + c * kSummaryRows + 2 * lane_id(), block), a, b, remote_address(decided, block));
     }
   }
@@ -370,6 +610,7 @@ class SummaryScan {
       const int j = lane_id() + u * kWarp;
       return __ballot_sync(kAllLanes, j < slots && !(work.mass[j] > 0.0f));
     };
+    const uint32_t spawning = score_key(float_threshold(p.tau_spawn));  // of the least score that does not
     const uint64_t low = free_mask(0), high = free_mask(1);
     uint64_t free = low | high << 32;
     int next = 0;  // the first candidate not yet decided
@@ -402,98 +643,126 @@ class SummaryScan {
     }
   }
 
-  // Prototypes move towards the means of what they were given.
-  __device__ void update(int buffer, int count) const {
-    const int group = lane_id() / 8, j = slot_of_lane();
-    uint64_t members = 0;
+  // The sum of the members' rows, each times its gate, in order.
+  template <class Part>
+  static __device__ void weigh(float (&sum)[kParts], uint64_t members, const float* gate, Part part) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int c = lane_id() + half * kWarp, slot = c < count ? work.slot[c] : -1;
-#pragma unroll
-      for (int g = 0; g < kWarpSlots; ++g) {
-        const uint64_t mask = __ballot_sync(kAllLanes, slot == warp_id() * kWarpSlots + g);
-        if (g == group) members |= mask << (half * kWarp);
-      }
-    }
-    if (!__any_sync(kAllLanes, members != 0)) return;
-    const float* gate = work.gate + buffer * kSummaryRows;
-    const T* value = work.value + buffer * kSummaryRows * Shared::kPitch;
-    float mass = 0.0f, mean_k[kPieces][kPacket] = {}, mean_v[kPieces][kPacket] = {};
+    for (int e = 0; e < kParts; ++e) sum[e] = 0.0f;
 #pragma unroll 1
-    for (uint64_t left = members; left != 0; left &= left - 1) {
-      const int c = __ffsll(left) - 1;
-      const float weight = gate[c];
-      mass += weight;
+    for (uint64_t left = members; left != 0;) {  // two at a time, so that their loads are underway together
+      const int a = __ffsll(left) - 1;
+      left &= left - 1;
+      const bool both = left != 0;
+      const int b = both ? __ffsll(left) - 1 : a;
+      left &= left - 1;
+      float x[kParts], y[kParts];
+      const float of_a = gate[a], of_b = gate[b];
+      load_part(x, part(a));
+      load_part(y, part(b));
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        float k[kPacket], v[kPacket];
-        load_packet(k, work.key + c * kDim + element(piece));
-        load_packet(v, value + c * Shared::kPitch + element(piece));
-#pragma unroll
-        for (int e = 0; e < kPacket; ++e) {
-          mean_k[piece][e] += weight * k[e];
-          mean_v[piece][e] += weight * v[e];
-        }
+      for (int e = 0; e < kParts; ++e) {
+        sum[e] += of_a * x[e];
+        if (both) sum[e] += of_b * y[e];
       }
     }
-    const float before = work.mass[j];
-    __syncwarp();
-    if (members != 0) {
-      const float share = 1.0f / mass;
-      const bool used = before > 0.0f;
-      const float rate = used ? 1.0f - pow(stay, mass) : 1.0f;
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        auto* k = reinterpret_cast<float4*>(work.k + j * kDim + element(piece));
-        auto* v = reinterpret_cast<float4*>(work.v + j * kDim + element(piece));
-        const auto move = [&](float& x, float to) { x = used ? x + rate * (to - x) : to; };
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float4 x = k[half], y = v[half];
-          float *to_k = mean_k[piece] + 4 * half, *to_v = mean_v[piece] + 4 * half;
-          move(x.x, to_k[0] * share);
-          move(x.y, to_k[1] * share);
-          move(x.z, to_k[2] * share);
-          move(x.w, to_k[3] * share);
-          move(y.x, quotient(to_v[0], mass, share));
-          move(y.y, quotient(to_v[1], mass, share));
-          move(y.z, quotient(to_v[2], mass, share));
-          move(y.w, quotient(to_v[3], mass, share));
-          k[half] = x;
-          v[half] = y;
-        }
-      }
-      if (lane_id() % 8 == 0) work.mass[j] = used ? before + mass : mass;
-    }
-    __syncwarp();
-    refresh();
   }
 
-  // The bank to row `row` of these; visible to the copy engine already.
-  __device__ void write(void* k, void* v, void* mass, int64_t row) const {
-    if (threadIdx.x == 0) {
-      const int64_t at = view.summary_row(row, head, 0);
-      const uint32_t bytes = static_cast<uint32_t>(slots * kDim * sizeof(float));
-      hopper::store_bytes(static_cast<float*>(k) + at, work.k, bytes);
-      hopper::store_bytes(static_cast<float*>(v) + at, work.v, bytes);
+  // Values move towards the means of what they were given.
+  __device__ void move_values(Slots& bank, Moves& moves, const Choice& choice, const T* value, const float* gate) const {
+    uint64_t mine = 0;
+    moves.met = 0;
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) {
+      const uint64_t low = __ballot_sync(kAllLanes, choice.slot[0] == first + s);
+      const uint64_t high = __ballot_sync(kAllLanes, choice.slot[1] == first + s);
+      moves.members[s] = low | high << kWarp;
+      if (moves.members[s] != 0) moves.met |= 1u << s;
+      if (lane_id() % kWarpSlots == s) mine = moves.members[s];
+    }
+    if (moves.met == 0) return;
+    moves.mass = 0.0f;
+#pragma unroll 1
+    for (uint64_t left = mine; left != 0; left &= left - 1) moves.mass += gate[__ffsll(left) - 1];
+    const bool used = bank.mass > 0.0f;
+    __syncwarp();
+    moves.used = __ballot_sync(kAllLanes, used);
+    moves.share = 1.0f / moves.mass;
+    moves.rate = used ? 1.0f - pow(stay, moves.mass) : 1.0f;
+    if (mine != 0) {
+      bank.mass = used ? bank.mass + moves.mass : moves.mass;
+      if (lane_id() < kWarpSlots) work.mass[first + lane_id()] = bank.mass;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) {
+      const float mass = __shfl_sync(kAllLanes, moves.mass, s), share = __shfl_sync(kAllLanes, moves.share, s);
+      const float rate = __shfl_sync(kAllLanes, moves.rate, s);
+      if (moves.members[s] == 0) continue;
+      float mean[kParts];
+      weigh(mean, moves.members[s], gate, [&](int c) { return place(value, c, lane_id() * kParts); });
+#pragma unroll
+      for (int e = 0; e < kParts; ++e) {
+        const float to = quotient(mean[e], mass, share);
+        bank.v[s][e] = moves.used >> s & 1 ? bank.v[s][e] + rate * (to - bank.v[s][e]) : to;
+      }
+    }
+    // The copy engine has read the values that are overwritten now.
+    if (lane_id() == 0) hopper::wait_stores_read();
+    __syncwarp();
+    publish(bank, moves.met);
+  }
+
+  // Keys follow, with what the values were moved by.
+  __device__ void move_keys(Slots& bank, const Moves& moves, const T* key, const float* gate) const {
+    if (moves.met == 0) return;
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) {
+      const float share = __shfl_sync(kAllLanes, moves.share, s), rate = __shfl_sync(kAllLanes, moves.rate, s);
+      if (moves.members[s] == 0) continue;
+      float mean[kParts];
+      weigh(mean, moves.members[s], gate, [&](int c) { return key + c * kDim + lane_id() * kParts; });
+#pragma unroll
+      for (int e = 0; e < kParts; ++e) {
+        const float to = mean[e] * share;
+        bank.k[s][e] = moves.used >> s & 1 ? bank.k[s][e] + rate * (to - bank.k[s][e]) : to;
+      }
+    }
+  }
+
+  // This warp's slots to row `row` of a snapshot: values by the copy engine, which finds them in shared memory.
+  __device__ void write_snapshot(int64_t row, const Slots& bank) const {
+    const int mine = min(kWarpSlots, slots - first);
+    const int64_t at = view.summary_row(row, head, first);
+    __syncwarp();
+    if (lane_id() == 0 && mine > 0) {
+      hopper::store_bytes(static_cast<float*>(p.summary_v) + at, work.v + first * kDim,
+                          static_cast<uint32_t>(mine * kDim * sizeof(float)));
       hopper::commit_stores();
     }
-    if (head == 0 && threadIdx.x < slots) static_cast<float*>(mass)[row * slots + threadIdx.x] = work.mass[threadIdx.x];
+    write_rows(static_cast<float*>(p.summary_k) + at, bank.k);
+    write_mass(p.summary_mass, row, bank);
   }
-  __device__ void write_snapshot(int i) const { write(p.summary_k, p.summary_v, p.summary_mass, view.span.row0 + i); }
+  __device__ void write_mass(void* to, int64_t row, const Slots& bank) const {
+    if (head == 0 && lane_id() < kWarpSlots && first + lane_id() < slots) {
+      static_cast<float*>(to)[row * slots + first + lane_id()] = bank.mass;
+    }
+  }
+  __device__ void write_rows(float* to, const float (&rows)[kWarpSlots][kParts]) const {
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) {
+      if (first + s < slots) store_row(to + s * kDim + lane_id() * kParts, rows[s]);
+    }
+  }
 
   const BankScan& p;
   const ScanView<T> view;
-  Carver carver_;
   Shared& work;
-  const CandidateLists lists;
-  // Barriers: cosines of the candidates of this block, and what was decided about all; values (2) and keys of candidates.
-  uint64_t *scored, *decided, *fetched, *fetched_keys;
-  const int head, heads, slots, chunks, owned;
-  const uint32_t spawning;  // key of the least score that does not spawn
-  const float reciprocal;   // of the number of heads
-  const float stay;         // 1 - eta
-  uint32_t scored_parity_ = 0, decided_parity_ = 0;
+  // Barriers: cosines of the candidates of this block, what was decided about all, and cosines of pairs.
+  uint64_t *scored, *decided, *met;
+  const int rank, head, part, heads, slots, first, chunks, owned;  // first: slot of this warp
+  const float stay;  // 1 - eta
+  uint32_t batch_to_ = 0, batch_scored_ = 0;
+  uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0;
 };
 
 }  // namespace coda::kernels::sm90
