@@ -83,7 +83,7 @@ __device__ inline void write_rows(const RowsParams& p, const SegmentPlan& plan, 
     bring(p, work.stay + c, p.token_stay + row * p.segment_tokens + c);
   }
   const int before = plan.before(p);
-  if (before == 0) wait_brought();
+  if (before == 0 || capacity == 0) wait_brought();  // else follow_slots does
   follow_slots(p, work.staged, sequence.state_row(p, group), row - static_cast<int64_t>(before) * p.gate_groups, before,
                0, capacity, [&](int slot, int rank) {
                  work.slot_of[rank] = slot;

@@ -61,8 +61,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
   using A = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int pairs = p.dim / 2;
-  auto* table = reinterpret_cast<Angle<A>*>(shared);                          // (table_tokens, D/2)
-  int* wanted = reinterpret_cast<int*>(table + p.table_tokens * pairs);  // (table_tokens) the tile that wants a token's angles
+  auto* table = reinterpret_cast<Angle<A>*>(shared);  // (table_tokens, D/2)
   __shared__ int arrived_source[kEntries];
   __shared__ short arrived_group[kEntries], arrived_entry[kEntries];  // of the table, -1 without
   __shared__ int arrivals;
@@ -83,10 +82,8 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
   const auto position_of = [&](int source) {
     return source >= held ? first + source - held : ring_position(first, source, p.window);
   };
-  for (int t = threadIdx.x; t < p.table_tokens; t += kThreads) wanted[t] = 0;
 #pragma unroll 1
   for (int slot0 = 0; slot0 < slots; slot0 += kEntries) {
-    const int tile = slot0 / kEntries + 1;
     int source[kEntries / kThreads], before[kEntries / kThreads];
 #pragma unroll
     for (int e = 0; e < kEntries / kThreads; ++e) {
@@ -95,6 +92,13 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
       before[e] = slot < slots && i > 0 ? index[slot - slots] : -1;
     }
     if (threadIdx.x == 0) arrivals = 0;
+    if (slot0 == 0) {  // while the index comes
+#pragma unroll 1
+      for (int item = threadIdx.x; item < p.table_tokens * pairs; item += kThreads) {
+        const int entry = item / pairs;
+        table[item] = rope_angle<A>(-(leaves + entry * p.splits + split), p.inv_freq[item - entry * pairs]);
+      }
+    }
     __syncthreads();
 #pragma unroll 1
     for (int e = 0; e < kEntries / kThreads; ++e) {
@@ -111,14 +115,6 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
       arrived_source[at] = from;
       arrived_group[at] = static_cast<short>(slot / p.exact_slots);
       arrived_entry[at] = static_cast<short>(tabled ? entry : -1);
-      if (tabled) atomicCAS(wanted + entry, 0, tile);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int item = threadIdx.x; item < p.table_tokens * pairs; item += kThreads) {
-      const int entry = item / pairs;
-      if (wanted[entry] != tile) continue;
-      table[item] = rope_angle<A>(-(leaves + entry * p.splits + split), p.inv_freq[item - entry * pairs]);
     }
     __syncthreads();
     const int heads = p.gate_groups == 1 ? p.kv_heads : 1, rows = arrivals * heads;
@@ -161,7 +157,7 @@ cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DTy
   const int64_t rows = params.new_kbar ? params.chunk_rows * p.splits : 0;
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const size_t bytes_of_token = p.dim / 2 * sizeof(Angle<acc_t<T>>) + sizeof(int);
+    const size_t bytes_of_token = p.dim / 2 * sizeof(Angle<acc_t<T>>);
     const int tokens = (p.chunk + p.splits - 1) / p.splits;
     p.table_tokens = tokens * bytes_of_token <= kTableLimit ? tokens : 0;
     return launch(prepare_kernel<T>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads,
