@@ -1,9 +1,9 @@
 #pragma once
 
 // grad_k and grad_v of a block of keys, and its share of grad_q. Two warpgroups of 64 keys each; the rows of their accumulators
-// are keys, so that weights and their gradients come out as register operands of the products that sum over queries. They bring the
-// tiles of queries themselves: a warp for that alone would leave 240 registers to the others, who need 255. README.md has the
-// mathematics.
+// are keys, so that weights and their gradients come out as register operands of the products that sum over queries. With D 128 they
+// bring the tiles of queries themselves: a warp for that alone would leave 240 registers to the others, who need 255. README.md has
+// the mathematics.
 
 #include <algorithm>
 #include <climits>
@@ -20,16 +20,22 @@ constexpr int kOwnKeys = 64;  // keys of a warpgroup
 // A number that is the same in all lanes, in a way that the compiler knows: it then needs no register of every thread.
 __device__ inline int uniform(int x) { return __reduce_max_sync(kAllLanes, x); }
 
+// Whether a warp of its own brings the tiles of queries.
+constexpr bool has_producer(int dim) { return dim == 64; }
+// Whether the two warpgroups compute products in turn.
+constexpr bool take_turns(int dim, int streams) { return dim == 128 && streams == 1; }
+
 template <class T, int D, int Streams>
 struct BackwardShared {
-  static constexpr int kStages = Streams == 2 ? 2 : 3;
+  static constexpr int kStages = (D == 64 ? 3 : 2) + (Streams == 1 ? 1 : 0);
+  static constexpr int kGradLogits = take_turns(D, Streams) ? kStages : Streams;  // of the last tiles, or of each stream
   struct Stage {
     alignas(1024) T q[Streams][kQueryTile * D];  // q, R_theta q
     alignas(1024) T grad[kQueryTile * D];
   };
   alignas(1024) T k[kKeyBlock * D];  // panels of 32 columns, so that the two of a panel_column panel can be one operand
   alignas(1024) T v[kKeyBlock * D];
-  alignas(1024) T grad_logits[Streams][kKeyBlock * kQueryTile];  // rows are keys
+  alignas(1024) T grad_logits[kGradLogits][kKeyBlock * kQueryTile];  // rows are keys
   Stage stages[kStages];
   alignas(16) float numbers[kStages][query_numbers(Streams) * kQueryTile];
   alignas(16) float angles[kStages][Streams == 2 ? D : 4];
@@ -43,10 +49,11 @@ struct BackwardShared {
   static constexpr uint32_t kNumberBytes = query_numbers(Streams) * kQueryTile * sizeof(float);
   static constexpr uint32_t kAngleBytes = Streams == 2 ? D * sizeof(float) : 0;
   static constexpr uint32_t kStageBytes = sizeof(Stage) + kNumberBytes + kAngleBytes;
+  static constexpr int kCopies = D / 64 * (Streams + 1) + Streams;  // that bring a tile
 };
 
 // From kFull on, one for each warpgroup.
-enum BackwardBarrier { kCleared = 1, kFull = 2, kFree = 4, kTheta = 6 };
+enum BackwardBarrier { kCleared = 1, kFull = 2, kFree = 4, kTheta = 6, kTurn = 8 };
 
 template <class T, int D, int Streams>
 __device__ inline void bring_keys(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared) {
@@ -62,12 +69,11 @@ __device__ inline void bring_keys(const BackwardArguments& p, BackwardShared<T, 
   }
 }
 
-// Brings a tile to a stage that is free. All warps do, one copy each: one alone would keep the others waiting.
+// One of the copies that bring a tile to a stage that is free; each tile has all of them.
 template <class T, int D, int Streams>
-__device__ inline void bring_queries(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared, TilePlace place, int stage) {
+__device__ inline void bring_queries(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared, TilePlace place, int stage,
+                                     int copy) {
   constexpr int kPanels = D / 64, kTiles = kPanels * (Streams + 1);
-  const int copy = warp_id();
-  if (copy >= kTiles + Streams || !hopper::elect_thread()) return;
   const KeyBlock& block = shared.block;
   uint64_t* full = &shared.full[stage];
   if (copy == 0) hopper::arrive_expect(full, shared.kStageBytes);
@@ -81,6 +87,20 @@ __device__ inline void bring_queries(const BackwardArguments& p, BackwardShared<
     hopper::load_bytes(shared.numbers[stage], p.numbers + index * (query_numbers(Streams) * kQueryTile), full, shared.kNumberBytes);
   } else {
     hopper::load_bytes(shared.angles[stage], p.angles + place.head * D, full, shared.kAngleBytes);
+  }
+}
+
+// The warp that brings all tiles.
+template <class T, int D, int Streams>
+__device__ inline void bring_all_queries(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared) {
+  if (!hopper::elect_thread()) return;
+  const KeyBlock& block = shared.block;
+  const int count = p.heads / p.kv_heads * block.tiles;
+  TilePlace place{block.kv_head * (p.heads / p.kv_heads), block.first};
+  hopper::RingPosition<shared.kStages> at;
+  for (int n = 0; n < count; ++n, at.advance(), place.advance(block.first, block.first + block.tiles)) {
+    hopper::wait(&shared.empty[at.stage], at.parity ^ 1);
+    for (int copy = 0; copy < shared.kCopies; ++copy) bring_queries(p, shared, place, at.stage, copy);
   }
 }
 
@@ -188,9 +208,9 @@ struct KeyGradients {
   }
 
   // s += values times the rows of grad_diff
-  __device__ void start_grad_weights(Sums& s) const {
+  __device__ void start_grad_weights(Sums& s, int stage) const {
     const auto values = hopper::rows_descriptor(origin + offsetof(Shared, v) + warpgroup * (kOwnKeys * 128));
-    const auto rows = hopper::rows_descriptor(tile_address(now, Streams));
+    const auto rows = hopper::rows_descriptor(tile_address(stage, Streams));
     hopper::begin_products();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
@@ -209,10 +229,10 @@ struct KeyGradients {
     }
   }
 
-  __device__ void start_grad_q(Sums& grad_q, int stream, bool add) const {
+  __device__ void start_grad_q(Sums& grad_q, int which, bool add) const {
     const int first = kExchange ? 0 : warpgroup * kOwnKeys;
     const auto grad_logits = hopper::columns_descriptor(
-        origin + offsetof(Shared, grad_logits) + (stream * kKeyBlock + first) * 128, 16);
+        origin + offsetof(Shared, grad_logits) + (which * kKeyBlock + first) * 128, 16);
     const auto keys = hopper::columns_descriptor<64>(origin + offsetof(Shared, k) + (panel() * kKeyBlock + first) * 64,
                                                      D / 64 * kKeyBlock * 64);
     hopper::begin_products();
@@ -382,6 +402,13 @@ struct KeyGradients {
     }
   }
 
+  // Brings the tile that comes kStages after tile n, to its stage, as soon as all have done with tile n.
+  __device__ void bring_later(TilePlace after, int n, int copy) const {
+    hopper::wait(&shared.empty[now], n / kStages % 2);
+    for (int i = 1; i < kStages; ++i) after.advance(first_tile, end_tile);
+    if (copy < shared.kCopies && hopper::elect_thread()) bring_queries(p, shared, after, now, copy);
+  }
+
   // A product is under way nearly all the time: each wait leaves the group committed last unfinished, and what follows the wait runs
   // beside that group. Shared memory answers late, being busy with operands of products, so what a phase reads there is asked for
   // before the wait that it begins with. Only at the end of a turn of the loop does nothing remain, since ptxas follows no group
@@ -422,7 +449,7 @@ struct KeyGradients {
       if constexpr (Streams == 2) load_signs(signs, now);
       Sums grad_weights;
       begin_with(grad_weights, delta);
-      start_grad_weights(grad_weights);
+      start_grad_weights(grad_weights, now);
       Operand second, difference;
       if constexpr (Streams == 2) {
         hide(s.x, at.tile);
@@ -495,11 +522,8 @@ struct KeyGradients {
         hopper::pin(grad_q.x);
         add_to_sums(at, grad_q.x);
       }
-      if (n + kStages < count) {
-        hopper::wait(&shared.empty[now], n / kStages % 2);
-        TilePlace place = after;
-        for (int i = 1; i < kStages; ++i) place.advance(first_tile, end_tile);
-        bring_queries(p, shared, place, now);
+      if constexpr (!has_producer(D)) {
+        if (n + kStages < count) bring_later(after, n, warp_id());
       }
       load_numbers(delta, next, kNegativeDelta1);
       hopper::wait_products<0>();
@@ -513,6 +537,93 @@ struct KeyGradients {
       }
       at = after;
     }
+  }
+
+  // One stream with D 128. Products are issued only as fast as they are computed, and keep their warps from everything else meanwhile. So
+  // the warpgroups take turns: one has all products of a tile computed, without a pause, while the other does what lies between
+  // them. That leaves grad_q to the turn after, when both have shared what it is made of.
+  __device__ void run_in_turns() {
+    hopper::wait(&shared.keys_full, 0);
+    clear_foreign_rows();
+    const int count = p.heads / p.kv_heads * (end_tile - first_tile);
+    if (count <= 0) return;
+    TilePlace at{uniform(shared.block.kv_head) * (p.heads / p.kv_heads), first_tile}, before = at;
+    if (warpgroup == 1) hopper::arrive_threads(kTurn, 2 * hopper::kWarpgroup);
+    Operand weights, grad_logits;
+    {
+      Sums s, grad_weights;
+      Numbers shift, delta;
+      hopper::wait(&shared.full[0], 0);
+      load_numbers(shift, 0, kShift1);
+      load_numbers(delta, 0, kNegativeDelta1);
+      begin_with(s, shift);
+      start_logits(s, 0, 0);
+      hopper::wait_products<0>();
+      hopper::pin(s.x);
+      hide(s.x, at.tile);
+      weigh(weights, s.x);
+      begin_with(grad_weights, delta);
+      start_grad_weights(grad_weights, 0);
+      hopper::wait_products<0>();
+      hopper::pin(grad_weights.x);
+      grade_first(grad_logits, weights, grad_weights.x);
+      share_grad_logits(shared.grad_logits[0], grad_logits);
+      hopper::fence_async_proxy();
+    }
+    for (int n = 0; n < count; ++n) {
+      // Here are the weights of this tile and the gradients of its logits, shared as well. After the last tile what is done for the
+      // next one is of no use, and harms nothing; nor does grad_q before the first.
+      turn(n);
+      const int next = (now + 1) % kStages, last = (now + kStages - 1) % kStages;
+      TilePlace after = at;
+      after.advance(first_tile, end_tile);
+      if (n + 1 < count) hopper::wait(&shared.full[next], (n + 1) / kStages % 2);
+      Numbers shift, delta;
+      load_numbers(shift, next, kShift1);
+      hopper::sync_threads(kTurn + warpgroup, 2 * hopper::kWarpgroup);
+      hopper::begin_products();
+      multiply_tile(grad_v, weights, 1);
+      multiply_tile(grad_k, grad_logits, 0);
+      hopper::commit_products();
+      Sums grad_q, s, grad_weights;
+      begin_with(s, shift);
+      start_logits(s, next, 0);
+      hopper::wait_products<1>();
+      hopper::pin(grad_k);
+      hopper::pin(grad_v);
+      start_grad_q(grad_q, last, false);
+      load_numbers(delta, next, kNegativeDelta1);
+      begin_with(grad_weights, delta);
+      start_grad_weights(grad_weights, next);
+      // With grad_q complete, its grad_logits may be overwritten by who has the turn after the other's.
+      hopper::wait_products<1>();
+      hopper::pin(s.x);
+      hopper::pin(grad_q.x);
+      hopper::arrive_threads(kTurn + (warpgroup ^ 1), 2 * hopper::kWarpgroup);
+      __syncwarp();
+      if (thread % kWarp == 0) hopper::arrive(&shared.empty[now]);
+      if (n > 0) add_to_sums(before, grad_q.x);
+      hide(s.x, after.tile);
+      weigh(weights, s.x);
+      keep_before(weights);
+      // The second warpgroup, whose turn is later, finds the stage empty.
+      if (warpgroup == 1 && n + kStages < count) {
+        for (int copy = warp_id() % 4; copy < shared.kCopies; copy += 4) bring_later(after, n, copy);
+      }
+      hopper::wait_products<0>();
+      hopper::pin(grad_weights.x);
+      grade_first(grad_logits, weights, grad_weights.x);
+      share_grad_logits(shared.grad_logits[next], grad_logits);
+      hopper::fence_async_proxy();
+      before = at;
+      at = after;
+    }
+    if (warpgroup == 0) hopper::sync_threads(kTurn, 2 * hopper::kWarpgroup);
+    Sums grad_q;
+    start_grad_q(grad_q, now, false);
+    hopper::wait_products<0>();
+    hopper::pin(grad_q.x);
+    add_to_sums(before, grad_q.x);
   }
 
   __device__ void store(void* to, const float (&grad)[D / 2], float scale) const {
@@ -535,7 +646,21 @@ struct KeyGradients {
 };
 
 template <class T, int D, int Streams>
-__global__ void __launch_bounds__(2 * hopper::kWarpgroup, 1) key_blocks_kernel(const __grid_constant__ BackwardArguments p) {
+__device__ inline void find_gradients(const BackwardArguments& p, BackwardShared<T, D, Streams>& shared) {
+  KeyGradients<T, D, Streams> gradients(p, shared);
+  if constexpr (take_turns(D, Streams)) {
+    gradients.run_in_turns();
+  } else {
+    gradients.run();
+  }
+  gradients.store(p.grad_k, gradients.grad_k, static_cast<float>(p.scale));
+  gradients.store(p.grad_v, gradients.grad_v, 1.0f);
+}
+
+constexpr int key_block_threads(int dim) { return (has_producer(dim) ? 3 : 2) * hopper::kWarpgroup; }
+
+template <class T, int D, int Streams>
+__global__ void __launch_bounds__(key_block_threads(D), 1) key_blocks_kernel(const __grid_constant__ BackwardArguments p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<BackwardShared<T, D, Streams>*>(memory);
   if (threadIdx.x < kWarp && hopper::elect_thread()) {
@@ -553,16 +678,23 @@ __global__ void __launch_bounds__(2 * hopper::kWarpgroup, 1) key_blocks_kernel(c
   }
   __syncthreads();
   if (shared.block.begin >= shared.block.keys) return;
-  const int tiles = p.heads / p.kv_heads * shared.block.tiles;
-  TilePlace place{shared.block.kv_head * (p.heads / p.kv_heads), shared.block.first};
-  for (int stage = 0; stage < shared.kStages && stage < tiles; ++stage) {
-    bring_queries(p, shared, place, stage);
-    place.advance(shared.block.first, shared.block.first + shared.block.tiles);
+  if constexpr (has_producer(D)) {
+    if (threadIdx.x >= 2 * hopper::kWarpgroup) {
+      hopper::lower_registers<40>();
+      if (warp_id() == 2 * hopper::kWarpgroup / kWarp) bring_all_queries(p, shared);
+    } else {
+      hopper::raise_registers<232>();
+      find_gradients(p, shared);
+    }
+  } else {
+    const int tiles = p.heads / p.kv_heads * shared.block.tiles, copy = warp_id();
+    TilePlace place{shared.block.kv_head * (p.heads / p.kv_heads), shared.block.first};
+    for (int stage = 0; stage < shared.kStages && stage < tiles; ++stage) {
+      if (copy < shared.kCopies && hopper::elect_thread()) bring_queries(p, shared, place, stage, copy);
+      place.advance(shared.block.first, shared.block.first + shared.block.tiles);
+    }
+    find_gradients(p, shared);
   }
-  KeyGradients<T, D, Streams> gradients(p, shared);
-  gradients.run();
-  gradients.store(p.grad_k, gradients.grad_k, static_cast<float>(p.scale));
-  gradients.store(p.grad_v, gradients.grad_v, 1.0f);
 }
 
 template <class T, int D>
@@ -577,8 +709,8 @@ cudaError_t launch_key_blocks(const BackwardArguments& p, cudaStream_t stream) {
   BackwardArguments arguments = p;
   arguments.section = static_cast<unsigned>(std::max<int64_t>(multiprocessors / of_unit, 1));
   return p.streams == 2
-             ? launch(key_blocks_kernel<T, D, 2>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 2>), stream, arguments)
-             : launch(key_blocks_kernel<T, D, 1>, grid, 2 * hopper::kWarpgroup, sizeof(BackwardShared<T, D, 1>), stream, arguments);
+             ? launch(key_blocks_kernel<T, D, 2>, grid, key_block_threads(D), sizeof(BackwardShared<T, D, 2>), stream, arguments)
+             : launch(key_blocks_kernel<T, D, 1>, grid, key_block_threads(D), sizeof(BackwardShared<T, D, 1>), stream, arguments);
 }
 
 }  // namespace coda::kernels::sm90

@@ -24,29 +24,16 @@ struct ForwardArguments : DiffAttentionForward {
   CUtensorMap q_map, k_map, v_map;
 };
 
-template <class T, int D, int Streams>
-struct ForwardShared {
-  static constexpr int kTokens = kRows * kConsumers / Streams;
-  static constexpr int kKeys = tile_keys(D);
-  alignas(1024) T q[kTokens * D];
-  alignas(1024) T k[kStages][kKeys * D];
-  alignas(1024) T v[kStages][kKeys * D];
-  alignas(16) float second[Streams == 2 ? kRows * D : 4];  // lam o2 on its way to the first stream, as registers lie: [i][thread]
-  Angle<float> theta[D / 2];
-  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-};
+constexpr int kNoWork = -1;
 
-// Named barriers; kCleared is the first of two, one for each warpgroup.
-enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurned, kCleared };
-
-// What a block attends at a time.
+// What a block attends at a time. The producer looks it up, and tells the consumers with the queries.
 struct Work {
   int query0, key0;  // first token of the sequence, in the token dimension of a tensor map
   int queries, keys;
   int begin;        // first token of the tile, within the sequence
   int64_t output0;  // first token of the sequence over all sequences
   int sequence, kv_head, head;
-  int key_tiles;  // 0 where no row of the tile sees a key
+  int key_tiles;  // 0 where no row of the tile sees a key, kNoWork after the last item
   bool causal;
 
   __device__ Work(const ForwardArguments& p, unsigned index, int tokens, int key_tile) : causal(p.causal) {
@@ -80,6 +67,22 @@ struct Work {
   }
 };
 
+template <class T, int D, int Streams>
+struct ForwardShared {
+  static constexpr int kTokens = kRows * kConsumers / Streams;
+  static constexpr int kKeys = tile_keys(D);
+  alignas(1024) T q[kTokens * D];
+  alignas(1024) T k[kStages][kKeys * D];
+  alignas(1024) T v[kStages][kKeys * D];
+  alignas(16) float second[Streams == 2 ? kRows * D : 4];  // lam o2 on its way to the first stream, as registers lie: [i][thread]
+  Angle<float> theta[D / 2];
+  Work work;
+  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+// Named barriers; kCleared is the first of two, one for each warpgroup.
+enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurned, kCleared };
+
 // Item number `round` of this block. Every other round backwards: the block that had the longest tile of one gets the shortest.
 __device__ inline unsigned item_of(unsigned round) {
   return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
@@ -90,17 +93,23 @@ __device__ inline void bring_tiles(const ForwardArguments& p, ForwardShared<T, D
   using namespace hopper;
   using Shared = ForwardShared<T, D, Streams>;
   constexpr int kTokens = Shared::kTokens, kKeys = Shared::kKeys;
-  if (p.keys == 0) return;  // nothing to bring, and no map of it
   prefetch_map(&p.q_map);
-  prefetch_map(&p.k_map);
-  prefetch_map(&p.v_map);
+  if (p.keys > 0) {
+    prefetch_map(&p.k_map);
+    prefetch_map(&p.v_map);
+  }
   hopper::RingPosition<kStages> at;
   uint32_t q_parity = 0;
   for (unsigned round = 0; item_of(round) < p.schedule.items; ++round) {
     const Work work(p, item_of(round), kTokens, kKeys);
-    if (work.key_tiles == 0) continue;
+    if (work.begin >= work.queries) continue;
     wait(&shared.q_empty, q_parity ^ 1);
     q_parity ^= 1;
+    shared.work = work;
+    if (work.key_tiles == 0) {
+      arrive(&shared.q_full);
+      continue;
+    }
     arrive_expect(&shared.q_full, sizeof(shared.q));
     for (int panel = 0; panel < D / 64; ++panel) {
       load_box(shared.q + panel * kTokens * 64, &p.q_map, &shared.q_full, panel * 64, work.head,
@@ -119,45 +128,71 @@ __device__ inline void bring_tiles(const ForwardArguments& p, ForwardShared<T, D
       bring(shared.v[at.stage], p.v_map, &shared.v_full[at.stage], &shared.v_empty[at.stage]);
     }
   }
+  wait(&shared.q_empty, q_parity ^ 1);
+  shared.work.key_tiles = kNoWork;
+  arrive(&shared.q_full);
 }
 
-// One consumer warpgroup on one tile: online softmax over key tiles, last one first.
+// One consumer warpgroup: online softmax over the key tiles of an item, last one first, item after item.
 template <class T, int D, int Streams>
 struct Attend {
   using Shared = ForwardShared<T, D, Streams>;
   static constexpr int kKeys = Shared::kKeys;
+  static constexpr bool kAhead = D == 64 && Streams == 2;
+  // This thread's rows of an item: the first, and one 8 further.
+  struct Rows {
+    int token, queries, keys, head;
+    int64_t output0;
+    float peak[2], total[2];  // of this thread's columns
+  };
+
   const ForwardArguments& p;
   Shared& shared;
-  const Work& work;
   const int warpgroup, stream;
-  hopper::RingPosition<kStages>& at;
   float log2_scale;
-  int token;  // of this thread's first row; the second is 8 further
+  uint32_t q_parity = 0;
+  hopper::RingPosition<kStages> at;  // of the values at work
+  Rows rows;
+  int tile;  // of keys, whose weights are next to meet their values
   int visible[2];
   uint32_t q[D / 16][4];
   float o[D / 2];
-  float peak[2], total[2];  // of this thread's columns
 
-  __device__ Attend(const ForwardArguments& arguments, Shared& s, const Work& w, int group,
-                    hopper::RingPosition<kStages>& position)
-      : p(arguments), shared(s), work(w), warpgroup(group), stream(Streams == 2 ? group : 0), at(position),
-        log2_scale(static_cast<float>(arguments.scale * 1.4426950408889634)) {
-    const int row = row0() + threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() / 4;
-    token = work.begin + row;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      visible[i] = work.visible(token + 8 * i);
-      peak[i] = neg_inf<float>();
-      total[i] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
-  }
+  __device__ Attend(const ForwardArguments& arguments, Shared& s, int group)
+      : p(arguments), shared(s), warpgroup(group), stream(Streams == 2 ? group : 0),
+        log2_scale(static_cast<float>(arguments.scale * 1.4426950408889634)) {}
 
   __device__ int row0() const { return Streams == 2 ? 0 : warpgroup * kRows; }
 
-  __device__ void load_queries(uint32_t parity) {
-    hopper::wait(&shared.q_full, parity);
+  // The next item that sees a key, and its queries.
+  __device__ bool take_item() {
+    while (true) {
+      hopper::wait(&shared.q_full, q_parity);
+      q_parity ^= 1;
+      const Work work = shared.work;
+      if (work.key_tiles == kNoWork) return false;
+      rows.token = work.begin + row0() + threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() / 4;
+      rows.queries = work.queries;
+      rows.keys = work.keys;
+      rows.head = work.head;
+      rows.output0 = work.output0;
+      tile = work.key_tiles - 1;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        visible[i] = work.visible(rows.token + 8 * i);
+        rows.peak[i] = neg_inf<float>();
+        rows.total[i] = 0.0f;
+      }
+      if (work.key_tiles > 0) {
+        load_queries();
+        return true;
+      }
+      release(&shared.q_empty);
+      store_nothing();
+    }
+  }
+
+  __device__ void load_queries() {
     const int warp = threadIdx.x % hopper::kWarpgroup / kWarp, lane = lane_id();
     const int row = row0() + warp * 16 + lane % 16;
 #pragma unroll
@@ -165,8 +200,12 @@ struct Attend {
       const auto* panel = reinterpret_cast<const unsigned char*>(shared.q + block / 4 * Shared::kTokens * 64);
       load_matrices(q[block], panel + hopper::swizzled(row, block % 4 * 2 + lane / 16));
     }
-    __syncwarp();
-    if (lane == 0) hopper::arrive(&shared.q_empty);
+    // A load is over when its value is there, not when it has been issued: the copy engine writes here next.
+    uint32_t all = ~0u;
+#pragma unroll
+    for (int i = 0; i < D / 4; ++i) all &= q[i / 4][i % 4];
+    __syncwarp(__all_sync(kAllLanes, all == ~0u) ? __activemask() : kAllLanes);
+    release(&shared.q_empty);
     if (stream == 1) turn_queries();
   }
 
@@ -175,7 +214,7 @@ struct Attend {
     const int thread = threadIdx.x % hopper::kWarpgroup;
     auto& theta = shared.theta;
     hopper::sync_threads(kTurned, hopper::kWarpgroup);
-    if (thread < D / 2) theta[thread] = angle_of(static_cast<const float*>(p.theta)[work.head * (D / 2) + thread]);
+    if (thread < D / 2) theta[thread] = angle_of(static_cast<const float*>(p.theta)[rows.head * (D / 2) + thread]);
     hopper::sync_threads(kTurned, hopper::kWarpgroup);
     const int column = lane_id() % 4 * 2;
     if (p.theta_interleaved) {
@@ -232,8 +271,8 @@ struct Attend {
   // Values after the end of a packed sequence are another's: a weight of 0 does not help where they are not finite. Both warpgroups
   // write the same zeros, so that neither waits for the other.
   __device__ void clear_foreign_values(int tile) {
-    if (!p.cu_seqlens_k || (tile + 1) * kKeys <= work.keys) return;
-    const int first = work.keys - tile * kKeys;
+    if (!p.cu_seqlens_k || (tile + 1) * kKeys <= rows.keys) return;
+    const int first = rows.keys - tile * kKeys;
     for (int i = threadIdx.x % hopper::kWarpgroup; i < (kKeys - first) * (D / 8); i += hopper::kWarpgroup) {
       const int row = first + i / (D / 8), packet = i % (D / 8);
       auto* panel = reinterpret_cast<unsigned char*>(shared.v[at.stage] + packet / 8 * kKeys * 64);
@@ -249,11 +288,14 @@ struct Attend {
   }
 
   // Logits to weights relative to the new peaks; returns how much earlier weights shrink.
-  __device__ float2 absorb(float (&s)[kKeys / 2], int tile) {
+  template <int Count>
+  __device__ float2 absorb(float (&s)[Count], int tile) {
+    auto& peak = rows.peak;
+    auto& total = rows.total;
     if ((tile + 1) * kKeys > visible[0]) {
       const int column = tile * kKeys + lane_id() % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) {
+      for (int i = 0; i < Count; ++i) {
         if (column + i / 4 * 8 + i % 2 >= visible[i % 4 / 2]) s[i] = neg_inf<float>();
       }
     }
@@ -262,7 +304,7 @@ struct Attend {
     for (int row = 0; row < 2; ++row) {
       float top = peak[row];
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
+      for (int i = 0; i < Count / 4; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
       const float base = top == neg_inf<float>() ? 0.0f : top * log2_scale;
@@ -270,7 +312,7 @@ struct Attend {
       peak[row] = top;
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+      for (int i = 0; i < Count / 4; ++i) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * i + 2 * row + e];
@@ -283,62 +325,113 @@ struct Attend {
     return {shrink[0], shrink[1]};
   }
 
+  // The same for the first tile of an item, which is most often seen in part: what lies beyond the last block of 64 keys that the warp
+  // sees has no weight.
+  template <int Count>
+  __device__ void absorb_part(float (&s)[kKeys / 2]) {
+    absorb(reinterpret_cast<float(&)[Count]>(s), tile);
+#pragma unroll
+    for (int i = Count; i < kKeys / 2; ++i) s[i] = 0.0f;
+  }
+  __device__ void absorb_first(float (&s)[kKeys / 2]) {
+    const int seen = kAhead ? kKeys : __reduce_max_sync(kAllLanes, visible[1]) - tile * kKeys;
+    if (seen <= 64) {
+      absorb_part<32>(s);
+    } else if (kKeys == 192 && seen <= 128) {
+      absorb_part<64>(s);
+    } else {
+      absorb(s, tile);
+    }
+  }
+
   __device__ void shrink_output(float2 by) {
     if (!__any_sync(kAllLanes, by.x != 1.0f || by.y != 1.0f)) return;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] *= i % 4 < 2 ? by.x : by.y;
   }
 
+  template <int Pending>
   __device__ void finish_output() {
-    hopper::wait_products<0>();
+    hopper::wait_products<Pending>();
     hopper::pin(o);
     release(&shared.v_empty[at.stage]);
   }
 
   __device__ void run() {
+    if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
-    const int first = work.key_tiles - 1;
-    const auto take_logits = [&](int tile, int stage) {
+    const auto take_logits = [&](int stage) {
       hopper::pin(s);
       release(&shared.k_empty[stage]);
       return absorb(s, tile);
     };
+    const auto begin_item = [&] {
+      hopper::wait_products<0>();
+      hopper::pin(s);
+      release(&shared.k_empty[at.stage]);
+      absorb_first(s);
+      pack_operand<T>(weights, s);
+      wait_values();
+      clear_foreign_values(tile);
+    };
     wait_keys(at);
     start_logits(s, at.stage);
-    hopper::wait_products<0>();
-    take_logits(first, at.stage);
-    pack_operand<T>(weights, s);
-    wait_values();
-    clear_foreign_values(first);
-    // The logits of one tile are computed while the weights of the one before it meet their values.
-    for (int tile = first; tile > 0; --tile) {
+    begin_item();
+    bool begun = false;  // o holds earlier tiles of the item
+    Rows done;
+    while (true) {
       auto next = at;
       next.advance();
-      wait_keys(next);
-      start_logits(s, next.stage);
+      if (tile > 0) {
+        // The logits of one tile are computed while the weights of the one before it meet their values.
+        --tile;
+        wait_keys(next);
+        start_logits(s, next.stage);
+        wait_values();
+        start_output(weights, begun);
+        hopper::wait_products<1>();
+        const float2 shrink = take_logits(next.stage);
+        // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
+        __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
+        finish_output<0>();
+        pack_operand<T>(weights, s);
+        shrink_output(shrink);
+        begun = true;
+        at = next;
+        continue;
+      }
       wait_values();
-      start_output(weights, tile < first);
-      hopper::wait_products<1>();
-      const float2 shrink = take_logits(tile - 1, next.stage);
-      // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
-      __syncwarp(total[0] + total[1] < 0.0f ? 0u : kAllLanes);
-      finish_output();
-      pack_operand<T>(weights, s);
-      shrink_output(shrink);
+      done = rows;
+      if constexpr (kAhead) {
+        if (!take_item()) break;
+        wait_keys(next);
+        start_output(weights, begun);
+        start_logits(s, next.stage);
+        finish_output<1>();
+        finish(done);
+      } else {
+        start_output(weights, begun);
+        finish_output<0>();
+        finish(done);
+        if (!take_item()) return;
+        wait_keys(next);
+        start_logits(s, next.stage);
+      }
       at = next;
+      begin_item();
+      begun = false;
     }
-    wait_values();
-    start_output(weights, first > 0);
-    finish_output();
-    at.advance();
+    start_output(weights, begun);
+    finish_output<0>();
+    finish(done);
   }
 
   // Divides by the totals; writes lse.
-  __device__ void normalize() {
+  __device__ void normalize(Rows& done) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float& sum = total[row];
+      float& sum = done.total[row];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
@@ -347,43 +440,66 @@ struct Attend {
         o[4 * i + 2 * row] *= inverse;
         o[4 * i + 2 * row + 1] *= inverse;
       }
-      const int t = token + 8 * row;
-      if (p.lse && t < work.queries && lane_id() % 4 == 0) {
-        const float lse = sum > 0.0f ? peak[row] * static_cast<float>(p.scale) + logf(sum) : neg_inf<float>();
-        static_cast<float*>(p.lse)[(static_cast<int64_t>(stream) * p.queries + work.output0 + t) * p.heads + work.head] = lse;
+      const int t = done.token + 8 * row;
+      if (p.lse && t < done.queries && lane_id() % 4 == 0) {
+        const float lse = sum > 0.0f ? done.peak[row] * static_cast<float>(p.scale) + logf(sum) : neg_inf<float>();
+        static_cast<float*>(p.lse)[(static_cast<int64_t>(stream) * p.queries + done.output0 + t) * p.heads + done.head] = lse;
       }
     }
   }
 
-  __device__ void store(void* to) const {
+  __device__ void store(const Rows& done, void* to) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int t = token + 8 * row;
-      T* line = static_cast<T*>(to) + ((work.output0 + t) * p.heads + work.head) * D;
+      const int t = done.token + 8 * row;
+      T* line = static_cast<T*>(to) + ((done.output0 + t) * p.heads + done.head) * D;
 #pragma unroll
       for (int block = 0; block < D / 32; ++block) {
         uint32_t x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[block * 16 + 4 * i + 2 * row], o[block * 16 + 4 * i + 2 * row + 1]);
         transpose_quad(x);
-        if (t < work.queries) {
+        if (t < done.queries) {
           *reinterpret_cast<uint4*>(line + block * 32 + lane_id() % 4 * 8) = uint4{x[0], x[1], x[2], x[3]};
         }
       }
     }
   }
 
-  __device__ void finish() {
-    normalize();
+  // Rows that see no key.
+  __device__ void store_nothing() const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int t = rows.token + 8 * row;
+      if (t >= rows.queries) continue;
+      const int64_t at = (rows.output0 + t) * p.heads + rows.head;
+      const auto clear = [&](void* to) {
+        if (!to) return;
+        for (int block = 0; block < D / 32; ++block) {
+          *reinterpret_cast<uint4*>(static_cast<T*>(to) + at * D + block * 32 + lane_id() % 4 * 8) = uint4{0, 0, 0, 0};
+        }
+      };
+      if (p.lse && lane_id() % 4 == 0) static_cast<float*>(p.lse)[stream * p.queries * p.heads + at] = neg_inf<float>();
+      if (stream == 1) {
+        clear(p.o2);
+      } else {
+        clear(p.y);
+        if (p.norm_weight) clear(p.diff);
+      }
+    }
+  }
+
+  __device__ void finish(Rows& done) {
+    normalize(done);
     if (Streams == 2) {
       float* line = shared.second + threadIdx.x % hopper::kWarpgroup;
       if (stream == 1) {
-        if (p.o2) store(p.o2);
+        if (p.o2) store(done, p.o2);
         float lam[2];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          const int t = token + 8 * row;
-          lam[row] = t < work.queries ? static_cast<const float*>(p.lam)[(work.output0 + t) * p.heads + work.head] : 0.0f;
+          const int t = done.token + 8 * row;
+          lam[row] = t < done.queries ? static_cast<const float*>(p.lam)[(done.output0 + t) * p.heads + done.head] : 0.0f;
         }
         hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
 #pragma unroll
@@ -397,7 +513,7 @@ struct Attend {
       hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
     }
     if (p.norm_weight) {
-      if (p.diff) store(p.diff);
+      if (p.diff) store(done, p.diff);
       const auto* weight = static_cast<const float*>(p.norm_weight) + lane_id() % 4 * 2;
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -417,28 +533,15 @@ struct Attend {
         }
       }
     }
-    store(p.y);
+    store(done, p.y);
   }
 };
 
 template <class T, int D, int Streams>
 __device__ inline void consume_tiles(const ForwardArguments& p, ForwardShared<T, D, Streams>& shared, int warpgroup) {
-  using Shared = ForwardShared<T, D, Streams>;
   // The exchange is empty.
   if (Streams == 2 && warpgroup == 0) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
-  hopper::RingPosition<kStages> at;
-  uint32_t q_parity = 0;
-  for (unsigned round = 0; item_of(round) < p.schedule.items; ++round) {
-    const Work work(p, item_of(round), Shared::kTokens, Shared::kKeys);
-    if (work.begin >= work.queries) continue;
-    Attend<T, D, Streams> attend(p, shared, work, warpgroup, at);
-    if (work.key_tiles > 0) {
-      attend.load_queries(q_parity);
-      q_parity ^= 1;
-      attend.run();
-    }
-    attend.finish();
-  }
+  Attend<T, D, Streams>(p, shared, warpgroup).run();
 }
 
 constexpr int kForwardThreads = hopper::kWarpgroup * (1 + kConsumers);

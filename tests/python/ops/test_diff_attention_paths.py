@@ -30,6 +30,11 @@ CASES = {
     "packed": Call(Shape(4, 2, 128), (70, 0, 3, 200), (90, 5, 1, 260), packed=True, norm=True),
     "packed, D 64": Call(Shape(4, 2, 64), (7, 64, 65), (128, 0, 130), packed=True, options=dict(causal=False)),
     "packed, one stream": Call(Shape(4, 2, 128), (1, 128, 129), (1, 128, 129), packed=True, streams=1),
+    # Blocks attend several items each.
+    "many heads": Call(Shape(32, 4, 128), (300, 300), (300, 300), norm=True),
+    "many heads, D 64": Call(Shape(32, 4, 64), (300, 300), (300, 300), norm=True),
+    "many heads, one stream, D 64": Call(Shape(48, 8, 64), (250, 250), (250, 250), streams=1),
+    "many heads, rows without a key, D 64": Call(Shape(64, 8, 64), (200,), (90,), norm=True),
 }
 cases = pytest.mark.parametrize("call", CASES.values(), ids=CASES)
 
