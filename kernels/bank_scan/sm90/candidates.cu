@@ -22,9 +22,10 @@ struct Layout {
         cosine(carver.take<float>(p.kv_heads * 2 * kTileRows * kTileRows)) {}
 };
 
-// One block for each chunk row.
-template <class T, int kParts>
-__global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
+// One block for each chunk row. Each bank's lists have a launch of their own: those of the summary bank, mostly reading, need few
+// registers, so that more of their blocks run at once.
+template <class T, int kParts, bool kExact>
+__global__ void __launch_bounds__(kThreads, kExact ? 1 : 2) list_candidates_kernel(BankScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int exact_count[2], summary_count;
   const int64_t row = blockIdx.x;
@@ -37,13 +38,13 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
   const int pinned = view.sinks_at(start), heads = p.kv_heads;
   const auto to = [&](int h) -> auto& { return lists.of<T, kParts * kWarp>(row, heads, h); };
   // The exact bank's candidates are compared with those of the chunk before as well, if that evicts.
-  const int both = p.banks.exact && view.evicts(start - p.chunk) && row > view.span.row0 ? 2 : 1;
+  const int both = kExact && view.evicts(start - p.chunk) && row > view.span.row0 ? 2 : 1;
   const auto token = [&](int which, int c) { return view.source_of(evicted - which * p.chunk + c); };
   for (int item = threadIdx.x; item < both * p.chunk; item += blockDim.x) {
     work.logit[item] = view.gate(token(item / p.chunk, item % p.chunk), 0);
   }
   __syncthreads();
-  if (const int which = warp_id(); which < both && p.banks.exact) {
+  if (const int which = warp_id(); which < both && kExact) {
     // The highest gates above the threshold, ties to the earlier position.
     const float* logit = work.logit + which * p.chunk;
     int* candidate = work.candidate + which * p.chunk;
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     }
     if (lane_id() == 0) exact_count[which] = kept;
   }
-  if (warp_id() == 2 && p.banks.summary) {
+  if (warp_id() == 0 && !kExact) {
     const int kept = compact(work.offset, p.chunk, [&](int c) {
       return c >= pinned && static_cast<double>(work.logit[c]) >= p.summary_threshold;
     });
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     if (lane_id() == 0) lists.summary_count[row] = summary_count = kept;
   }
   __syncthreads();
-  const int exact = p.banks.exact ? exact_count[0] : 0;
+  const int exact = kExact ? exact_count[0] : 0;
   const int compared = exact == 0 ? 0 : both == 2 && exact_count[1] > 0 ? 2 : 1;
   const auto exact_value = [&](int which, int i, int h) {
     return view.value(token(which, work.candidate[which * p.chunk + min(i, exact_count[which] - 1)]), h);
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) list_candidates_kernel(BankScan p) {
     work.norm[(h * 2 + which) * kTileRows + i] = norm;
     if (which == 0) to(h).norm[i] = norm;
   }
-  const int count = p.banks.summary ? summary_count : 0;
+  const int count = kExact ? 0 : summary_count;
   for (int item = warp_id() * kRowsAtOnce; item < heads * count; item += warp_count() * kRowsAtOnce) {
     float mine[kRowsAtOnce][kParts];
 #pragma unroll
@@ -145,8 +146,12 @@ cudaError_t list_candidates(const BankScan& p, DType dtype, cudaStream_t stream)
   Layout(sizes, p);
   const auto by_dim = [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = p.dim == 64 ? list_candidates_kernel<T, 2> : list_candidates_kernel<T, 4>;
-    return launch(kernel, dim3(static_cast<unsigned>(p.chunk_rows)), kThreads, sizes.used(), stream, p);
+    const dim3 grid(static_cast<unsigned>(p.chunk_rows));
+    const auto exact = p.dim == 64 ? list_candidates_kernel<T, 2, true> : list_candidates_kernel<T, 4, true>;
+    const auto summary = p.dim == 64 ? list_candidates_kernel<T, 2, false> : list_candidates_kernel<T, 4, false>;
+    const auto status = p.banks.exact ? launch(exact, grid, kThreads, sizes.used(), stream, p) : cudaSuccess;
+    if (status != cudaSuccess || !p.banks.summary) return status;
+    return launch(summary, grid, kThreads, sizes.used(), stream, p);
   };
   return dtype == DType::kBFloat16 ? by_dim(__nv_bfloat16{}) : by_dim(__half{});
 }

@@ -19,7 +19,7 @@ struct alignas(16) ExactShared {
   Match match[2][kTileRows];               // best slot
   int verdict[2][kTileRows];               // slot of each candidate, plus kTouched where it was only touched; kNone
   alignas(16) int filled[2][kWarp];        // slot that each candidate filled, -1 if none
-  int64_t time[kSlots + kTileRows];  // last touch; then position of the candidates
+  int64_t time[kSlots + kTileRows];        // last touch; then position of the candidates
 };
 
 // One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
@@ -29,11 +29,10 @@ template <class T, int kParts, int kBlocks>
 class ExactScan {
  public:
   __device__ ExactScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
-      : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)),
-        sent(barriers), fetched(barriers + 2), rank(cluster_rank()), head(rank / kBlocks),
-        part(rank % kBlocks),
-        heads(params.kv_heads), slots(params.exact_slots), sinks(params.num_sinks),
-        chunks(static_cast<int>(view.span.chunks)), groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
+      : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), sent(barriers), fetched(barriers + 2),
+        rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads), slots(params.exact_slots),
+        sinks(params.num_sinks), chunks(static_cast<int>(view.span.chunks)),
+        groups((params.exact_slots + kTileColumns - 1) / kTileColumns),
         tiles((groups - part + kBlocks - 1) / kBlocks),
         bytes(static_cast<uint32_t>((params.kv_heads * groups - tiles) * kTilePitch * sizeof(float))),
         evicted0(view.span.chunk_start(0, params.chunk) - params.window) {}
@@ -81,6 +80,8 @@ class ExactScan {
       if (last >= 0) take_in(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
     }
     write_index(p.source + view.n * slots);
+    cluster_arrive();
+    cluster_wait();  // what this block sent has left its shared memory
     if (rank != 0) return;
     if (const int j = own_slot(); j >= 0 && j < slots) {
       p.new_exact_pos[view.n * slots + j] = position_;
@@ -120,7 +121,8 @@ class ExactScan {
       return order_among(scan.work.time, kSlots + kTileRows, scan.work.time[j]);
     }
     __device__ void load() {
-      queue.load(scan.slots, scan.sinks, [&](int j) { return scan.used_ >> (j / kWarp) & 1; }, [&](int j) { return order_of(j); });
+      const auto used = [&](int j) { return scan.used_ >> (j / kWarp) & 1; };
+      queue.load(scan.slots, scan.sinks, used, [&](int j) { return order_of(j); });
     }
 
     __device__ void decide(const ExactCandidates<T, kDim>& chunk, int turn, int64_t evicted) {
@@ -234,7 +236,8 @@ class ExactScan {
 #pragma unroll 1
     for (int c = 0; c < pinned; ++c) {
       const int j = static_cast<int>(evicted) + c;
-      if (const int group = j / kTileColumns; group % kBlocks == part && group / kBlocks % kComparing == comparer()) hold(j, view.value(view.source_of(j), head));
+      const int group = j / kTileColumns;
+      if (group % kBlocks == part && group / kBlocks % kComparing == comparer()) hold(j, view.value(view.source_of(j), head));
       used_ |= (j % kWarp == lane_id()) << (j / kWarp);
     }
     __syncwarp();

@@ -11,9 +11,9 @@ namespace coda::kernels::sm90 {
 constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
 constexpr int kGroupSlots = 32;  // that a warpgroup compares with the candidates
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
-// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are; of the D / 16 accumulations of the high parts, D 128,
-// each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every addend, and
-// those of the low parts are less by 2^-8. Norms, quotients and the sums of fixed order add 2^-18.6: 2.25e-5 together.
+// of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are. Of the D / 16 accumulations of the high parts, 8 for
+// D 128, each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every
+// addend, and those of the low parts are less by 2^-8. Norms, quotients and fixed order itself add 2^-18.6: 2.25e-5 together.
 constexpr float kMargin = 0x1.8p-15f;
 
 // What the lists say of a chunk's candidates.
@@ -52,15 +52,16 @@ struct alignas(1024) SummaryShared {
   }
 };
 
-// One block of a cluster that walks the chunks of one sequence. A warp keeps its slots in registers, each lane kParts neighbouring
-// elements. What others wait for, values and who goes where, comes first; keys and snapshots follow while scores travel.
+// One block of a cluster that walks the chunks of one sequence. A warp keeps its slots in registers, each lane kParts
+// neighbouring elements. What others wait for, values and who goes where, comes first; keys and snapshots follow while scores
+// travel.
 template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
-      : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)),
-        scored(barriers), decided(barriers + 1), met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads), slots(params.summary_slots),
-        first(part * kSlots + warp_id() * kWarpSlots),
+      : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), scored(barriers), decided(barriers + 1),
+        met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads),
+        slots(params.summary_slots), first(part * kSlots + warp_id() * kWarpSlots),
         chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
         stay(sigmoid(-static_cast<const float*>(params.eta_logit)[head])) {}
 
@@ -403,8 +404,8 @@ class SummaryScan {
   static __device__ int told(int a, int b) { return -2 - (a | b << 8); }
   static __device__ int left(int choice, int which) { return (-2 - choice) >> (8 * which) & 0xff; }
 
-  // Tells all blocks the slot of this block's r-th candidate if rounding cannot change it. While slots are free, it must not claim
-  // one either. One warp.
+  // Tells all blocks the slot of this block's r-th candidate if rounding cannot change it. While slots are free, it must not
+  // claim one either. One warp.
   __device__ void settle(int r, bool claims) const {
     const float margin = kMargin * static_cast<float>(heads), least = static_cast<float>(p.tau_spawn) * heads + margin;
     float score[2];
