@@ -1,0 +1,207 @@
+#pragma once
+
+#include "../../common/mma.cuh"
+#include "items.cuh"
+
+namespace coda::kernels::sm90::bounded {
+
+// The angle of a phase in radians, in float64 reduced to [-pi, pi], where the approximate sine and cosine are good to 2^-20: far below
+// what rounding a query costs.
+__device__ inline Angle<float> angle_of_phase(double phase) {
+  const double turns = phase * 0.15915494309189535;
+  const float x = static_cast<float>((turns - rint(turns)) * 6.283185307179586);
+  return {__cosf(x), __sinf(x)};
+}
+
+// Absolute errors of 2^-21, which in a logit are far below what rounding its operands costs.
+__device__ inline float log_sigmoid_approximate(float z) { return fminf(z, 0.0f) - __logf(1.0f + __expf(-fabsf(z))); }
+
+// One warp that brings: a quarter of the queries of each item, and of the rows of each tile of keys and values. Copies announce themselves
+// when they are complete, so that nothing here waits for them.
+template <class T, int D, int Streams>
+struct Bring {
+  using Memory = Shared<T, D, Streams>;
+  static constexpr int kPackets = D / kPacket;         // of a row
+  static constexpr int kRowsAtOnce = kWarp / kPackets;  // rows of one copy of the warp
+  static_assert(kBringers * kWarp == kKeys, "a lane knows one row of a tile");
+  const Arguments& p;
+  Memory& shared;
+  const int warp;
+  Place& place;
+  Ring<Memory::kStages> ring;
+
+  __device__ Bring(const Arguments& arguments, Memory& memory, int n)
+      : p(arguments), shared(memory), warp(n), place(memory.place[n]) {}
+
+  // Where a key and its value are; zeros where null.
+  struct Row {
+    const T* key = nullptr;
+    const T* value = nullptr;
+    float bias = neg_inf<float>();
+  };
+  __device__ Row row_at(const void* keys, const void* values, int64_t row) const {
+    return {static_cast<const T*>(keys) + row * D, static_cast<const T*>(values) + row * D, 0.0f};
+  }
+  // Rows of (N, Hkv, W + Me) and (T, Hkv).
+  __device__ int64_t state_row(const Item& item, int slot) const {
+    return static_cast<int64_t>(item.sequence * p.kv_heads + item.kv_head) * (p.window + p.exact_slots) + slot;
+  }
+  __device__ int64_t token_row(const Item& item, int token) const {
+    return static_cast<int64_t>(item.token0 + token) * p.kv_heads + item.kv_head;
+  }
+
+  __device__ Row bank_row(const Item& item, int slot) const {
+    if (slot < p.exact_slots) {
+      const int gate_group = p.gate_groups == 1 ? 0 : item.kv_head, held = p.window + p.exact_slots;
+      const int source = __ldg(p.index + static_cast<int64_t>(item.snapshot * p.gate_groups + gate_group) * p.exact_slots + slot);
+      if (source < 0) return {};
+      const int token = source - held;
+      Row row = token < 0 ? row_at(p.state_kbar, p.state_v, state_row(item, source)) : row_at(p.kbar, p.v, token_row(item, token));
+      if (p.gate_bias && slot >= p.num_sinks) {
+        row.bias = log_sigmoid_approximate(
+            token < 0 ? static_cast<const float*>(p.state_gate)[(item.sequence * p.gate_groups + gate_group) * held + source]
+                      : static_cast<const float*>(p.gate)[static_cast<int64_t>(item.token0 + token) * p.gate_groups + gate_group]);
+      }
+      return row;
+    }
+    slot -= p.exact_slots;
+    if (slot >= p.summary_slots) return {};
+    const float mass = static_cast<const float*>(p.summary_mass)[item.snapshot * p.summary_slots + slot];
+    if (!(mass > 0.0f)) return {};
+    const T* keys = static_cast<const T*>(p.summary_rounded);
+    Row row = row_at(keys, keys + p.summary_rows * D,
+                     static_cast<int64_t>(item.snapshot * p.kv_heads + item.kv_head) * p.summary_slots + slot);
+    if (p.mass_bias) row.bias = __logf(mass);
+    return row;
+  }
+  __device__ Row window_row(const Item& item, int key) const {
+    if (key >= item.keys) return {};
+    const int token = item.window_begin + key, slot = item.ring_begin + key;
+    return token < 0 ? row_at(p.state_k, p.state_v, state_row(item, slot < p.window ? slot : slot - p.window))
+                     : row_at(p.k, p.v, token_row(item, token));
+  }
+
+  template <int Rows>
+  __device__ static unsigned char* packet_of(T* tile, int row, int packet) {
+    return reinterpret_cast<unsigned char*>(tile) + packet / 8 * Rows * 128 + hopper::swizzled(row, packet % 8);
+  }
+
+  // What the warp has written is complete, once its copies are.
+  __device__ void announce(uint64_t* full) {
+    ampere::arrive_after_copies(full);
+    __syncwarp();
+    if (lane_id() == 0) hopper::arrive(full);
+  }
+  static constexpr int kWarpArrivals = kWarp + 1;
+
+  // This warp's share of the queries of the n-th item, zeros past the end of the chunk; of the angles that turn them towards the bank;
+  // and what the item is, or that there is none.
+  __device__ void bring_queries(int n, bool found) {
+    const Item& item = place.item[n % 2];
+    const int set = n % kQuerySets;
+    hopper::wait(&shared.q_empty[set], n / kQuerySets % 2 ^ 1);
+    if (found) {
+      constexpr int kShare = Memory::kRows / kBringers;
+      const int packet = lane_id() % kPackets;
+#pragma unroll 1
+      for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
+        const auto at = p.split(item.row0 + i);
+        const int64_t line = item.line0 + static_cast<uint32_t>(at.token * p.heads + at.head);
+        ampere::copy_packet(packet_of<Memory::kRows>(shared.q[set], i, packet),
+                            static_cast<const T*>(p.q) + line * D + packet * kPacket, item.row0 + i < item.rows);
+      }
+      if (p.turned && lane_id() < D / 2 / kBringers) {
+        const int pair = warp * (D / 2 / kBringers) + lane_id();
+        shared.bank_angles[set][pair] =
+            angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), __ldg(p.inv_freq + pair)));
+      }
+    }
+    if (warp == 0 && lane_id() == 0) {
+      shared.item[set] = item;
+      if (!found) shared.item[set].tiles = 0;
+    }
+    announce(&shared.q_full[set]);
+  }
+
+  // Of 32 rows of the tile each lane has one.
+  __device__ void copy_rows(T* tile, const T* mine) const {
+    const int packet = lane_id() % kPackets;
+    constexpr int kCopies = 8 / kRowsAtOnce;  // of the eight rows after which the swizzle repeats
+#pragma unroll 1
+    for (int eight = 0; eight < kWarp; eight += 8) {
+#pragma unroll
+      for (int j = 0; j < kCopies; ++j) {
+        const int i = j * kRowsAtOnce + lane_id() / kPackets;
+        const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(mine), eight + i));
+        ampere::copy_packet(packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket, row != nullptr);
+      }
+    }
+  }
+
+  // By the copy engine, from token `token` on over all sequences.
+  __device__ void load_tile(T* tile, const CUtensorMap& map, uint64_t* full, const Item& item, uint32_t token) {
+    if (lane_id() == 0) {
+      if (warp == 0) {
+        hopper::expect(full, kKeys * D * sizeof(T));
+        for (int panel = 0; panel < D / 64; ++panel) {
+          hopper::load_box(tile + panel * kKeys * 64, &map, full, panel * 64, item.kv_head, static_cast<int>(token), 0);
+        }
+      }
+      hopper::arrive(full, kWarpArrivals);
+    }
+    __syncwarp();
+  }
+
+  __device__ void bring_tile(const Item& item, int tile) {
+    const int stage = ring.stage;
+    const uint32_t parity = ring.parity() ^ 1;
+    const bool bank = tile >= item.window_tiles;
+    const int key0 = (bank ? tile - item.window_tiles : tile) * kKeys, token = item.window_begin + key0;
+    // The copy engine brings what lies wholly in the chunk and the tokens before it.
+    if (!bank && token >= 0 && token + kKeys <= item.chunk_end) {
+      hopper::wait(&shared.k_empty[stage], parity);
+      load_tile(shared.k[stage], p.k_map, &shared.k_full[stage], item, item.token0 + token);
+      hopper::wait(&shared.v_empty[stage], parity);
+      load_tile(shared.v[stage], p.v_map, &shared.v_full[stage], item, item.token0 + token);
+      return;
+    }
+    const int mine = warp * kWarp + lane_id();
+    const Row row = bank ? bank_row(item, key0 + mine) : window_row(item, key0 + mine);
+    hopper::wait(&shared.k_empty[stage], parity);
+    if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
+    copy_rows(shared.k[stage], row.key);
+    announce(&shared.k_full[stage]);
+    hopper::wait(&shared.v_empty[stage], parity);
+    copy_rows(shared.v[stage], row.value);
+    announce(&shared.v_full[stage]);
+  }
+
+  __device__ void run() {
+    if (threadIdx.x == 0) {
+      hopper::prefetch_map(&p.k_map);
+      hopper::prefetch_map(&p.v_map);
+    }
+    start_items(p, place);
+    bool follows = false;
+    // Queries come an item before their keys.
+#pragma unroll 1
+    for (int n = 0;; ++n) {
+      const bool found = find_item(p, place, Memory::kRows, place.item[n % 2], follows);
+      bring_queries(n, found);
+      if (n > 0) {
+        const Item& item = place.item[(n - 1) % 2];
+        ring.begin(item.follows);
+#pragma unroll 1
+        for (int step = 0; step < item.tiles; ++step) {
+          const bool fresh = ring.fresh(item.follows, step);
+          ring.advance(fresh);
+          if (fresh) bring_tile(item, item.tile(step));
+        }
+      }
+      if (!found) break;
+      follows = place.item[n % 2].followed;
+    }
+  }
+};
+
+}  // namespace coda::kernels::sm90::bounded
