@@ -16,8 +16,7 @@ __device__ inline Angle<float> angle_of_phase(double phase) {
 // Absolute errors of 2^-21, which in a logit are far below what rounding its operands costs.
 __device__ inline float log_sigmoid_approximate(float z) { return fminf(z, 0.0f) - __logf(1.0f + __expf(-fabsf(z))); }
 
-// One warp that brings: a quarter of the queries of each item, and of the rows of each tile of keys and values. Copies announce themselves
-// when they are complete, so that nothing here waits for them.
+// One warp that brings: a quarter of the queries of each item, and of the rows of each tile of keys and values.
 template <class T, int D, int Streams>
 struct Bring {
   using Memory = Shared<T, D, Streams>;
@@ -86,16 +85,8 @@ struct Bring {
     return reinterpret_cast<unsigned char*>(tile) + packet / 8 * Rows * 128 + hopper::swizzled(row, packet % 8);
   }
 
-  // What the warp has written is complete, once its copies are.
-  __device__ void announce(uint64_t* full) {
-    ampere::arrive_after_copies(full);
-    __syncwarp();
-    if (lane_id() == 0) hopper::arrive(full);
-  }
-  static constexpr int kWarpArrivals = kWarp + 1;
-
-  // This warp's share of the queries of the n-th item, zeros past the end of the chunk; of the angles that turn them towards the bank;
-  // and what the item is, or that there is none.
+  // This warp's share of the queries of the n-th item and of their lambdas, zeros past the end of the chunk; of the angles that turn them
+  // towards the bank; and what the item is, or that there is none. These copies announce themselves when they are complete.
   __device__ void bring_queries(int n, bool found) {
     const Item& item = place.item[n % 2];
     const int set = n % kQuerySets;
@@ -105,22 +96,33 @@ struct Bring {
       const int packet = lane_id() % kPackets;
 #pragma unroll 1
       for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
-        const auto at = p.split(item.row0 + i);
-        const int64_t line = item.line0 + static_cast<uint32_t>(at.token * p.heads + at.head);
         ampere::copy_packet(packet_of<Memory::kRows>(shared.q[set], i, packet),
-                            static_cast<const T*>(p.q) + line * D + packet * kPacket, item.row0 + i < item.rows);
+                            static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
       }
-      if (p.turned && lane_id() < D / 2 / kBringers) {
+      if (Streams == 2 && lane_id() < kShare) {
+        const int i = warp * kShare + lane_id();
+        ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i), item.row0 + i < item.rows);
+      }
+      if ((p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers) {
         const int pair = warp * (D / 2 / kBringers) + lane_id();
-        shared.bank_angles[set][pair] =
+        shared.bank_angles[n % kItems][pair] =
             angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), __ldg(p.inv_freq + pair)));
       }
     }
     if (warp == 0 && lane_id() == 0) {
-      shared.item[set] = item;
-      if (!found) shared.item[set].tiles = 0;
+      shared.item[n % kItems] = item;
+      if (!found) shared.item[n % kItems].tiles = 0;
     }
-    announce(&shared.q_full[set]);
+    ampere::arrive_after_copies(&shared.q_full[set]);
+    __syncwarp();
+    if (lane_id() == 0) hopper::arrive(&shared.q_full[set]);
+  }
+  static constexpr int kQueryArrivals = kBringers * (kWarp + 1);
+
+  // Of row i of an item. Past the end of the chunk it is never read.
+  __device__ int64_t line_of(const Item& item, int i) const {
+    const auto at = p.split(item.row0 + i);
+    return item.line0 + static_cast<uint32_t>(at.token * p.heads + at.head);
   }
 
   // Of 32 rows of the tile each lane has one.
@@ -136,23 +138,65 @@ struct Bring {
         ampere::copy_packet(packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket, row != nullptr);
       }
     }
+    ampere::commit_copies();
+    ampere::wait_copies<0>();
+    __syncwarp();
+  }
+
+  // This warp's rows of a tile of the n-th item's bank, in place: q . R(-a) k = (R(a) q) . k. A lane has two packets of a row that are
+  // half a row apart, and so both elements of every plane of either pairing.
+  __device__ void turn_keys(T* tile, int n) const {
+    constexpr int kParts = D / 16;
+    const int part = lane_id() % kParts;
+    hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);  // and with it the angles of all warps
+    const Angle<float>* angles = shared.bank_angles[n % kItems] + (p.rope_interleaved ? 4 : 8) * part;
+#pragma unroll 1
+    for (int row = warp * kWarp + lane_id() / kParts; row < (warp + 1) * kWarp; row += kWarp / kParts) {
+      uint4* const at[2] = {reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part)),
+                            reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part + kParts))};
+      float x[2][kPacket];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_packet(x[i], reinterpret_cast<const T*>(at[i]));
+      const auto turn_back = [](float& a, float& b, Angle<float> by) {
+        const float turned = fmaf(a, by.cos, b * by.sin);
+        b = fmaf(b, by.cos, -(a * by.sin));
+        a = turned;
+      };
+      if (p.rope_interleaved) {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) turn_back(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angles[i / 4 * (D / 4) + i % 4]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) turn_back(x[0][i], x[1][i], angles[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) store_packet(reinterpret_cast<T*>(at[i]), x[i]);
+    }
   }
 
   // By the copy engine, from token `token` on over all sequences.
   __device__ void load_tile(T* tile, const CUtensorMap& map, uint64_t* full, const Item& item, uint32_t token) {
     if (lane_id() == 0) {
       if (warp == 0) {
-        hopper::expect(full, kKeys * D * sizeof(T));
+        hopper::arrive_expect(full, kKeys * D * sizeof(T));
         for (int panel = 0; panel < D / 64; ++panel) {
           hopper::load_box(tile + panel * kKeys * 64, &map, full, panel * 64, item.kv_head, static_cast<int>(token), 0);
         }
+      } else {
+        hopper::arrive(full);
       }
-      hopper::arrive(full, kWarpArrivals);
     }
     __syncwarp();
   }
 
-  __device__ void bring_tile(const Item& item, int tile) {
+  // Copies belong to the generic proxy, and wgmma reads through the asynchronous one: each lane waits for its own and fences.
+  __device__ static void announce(uint64_t* full) {
+    hopper::fence_async_proxy();
+    __syncwarp();
+    if (lane_id() == 0) hopper::arrive(full);
+  }
+
+  __device__ void bring_tile(int n, const Item& item, int tile) {
     const int stage = ring.stage;
     const uint32_t parity = ring.parity() ^ 1;
     const bool bank = tile >= item.window_tiles;
@@ -170,6 +214,7 @@ struct Bring {
     hopper::wait(&shared.k_empty[stage], parity);
     if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
     copy_rows(shared.k[stage], row.key);
+    if (bank && p.turns_keys) turn_keys(shared.k[stage], n);
     announce(&shared.k_full[stage]);
     hopper::wait(&shared.v_empty[stage], parity);
     copy_rows(shared.v[stage], row.value);
@@ -195,7 +240,7 @@ struct Bring {
         for (int step = 0; step < item.tiles; ++step) {
           const bool fresh = ring.fresh(item.follows, step);
           ring.advance(fresh);
-          if (fresh) bring_tile(item, item.tile(step));
+          if (fresh) bring_tile(n - 1, item, item.backwards ? item.tiles - 1 - step : step);
         }
       }
       if (!found) break;

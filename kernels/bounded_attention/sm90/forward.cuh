@@ -24,29 +24,31 @@ struct Attend {
   static constexpr int kOwn = 2 / Streams;  // query rows of a thread
   const Arguments& p;
   Memory& shared;
+  const int warpgroup;
   const int row0;  // this thread's first, within an item
   unsigned items = 0;
 
   struct Rows {
     uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
-    float lam;
     float total[2];  // of this thread's columns; after the item's last tile, the inverse of all columns'
+    float lam;       // then
   };
   static constexpr uint32_t kNoLine = 0xffffffffu;
   Rows rows;
   float peak[2];
   int visible[kOwn];  // leading keys of the window that each row sees
   int tiles, window_tiles, step;
-  bool backwards, follows, followed;
+  int tile, next_tile;  // the step's, and how far from there the next one's is: forwards or backwards
+  bool follows, followed;
   int theta_head = -1;
   const Angle<float>* theta;  // of this thread's row
 
   uint32_t q[D / 16][4];
   float o[D / 2];
 
-  __device__ Attend(const Arguments& arguments, Memory& memory, int warpgroup)
-      : p(arguments), shared(memory),
-        row0((warpgroup * hopper::kWarpgroup + threadIdx.x % hopper::kWarpgroup) / kWarp * 8 * kOwn + lane_id() / 4) {}
+  __device__ Attend(const Arguments& arguments, Memory& memory, int group)
+      : p(arguments), shared(memory), warpgroup(group),
+        row0((group * hopper::kWarpgroup + threadIdx.x % hopper::kWarpgroup) / kWarp * 8 * kOwn + lane_id() / 4) {}
 
   // Where the keys and values of a tile are, in one register.
   struct Position {
@@ -61,22 +63,21 @@ struct Attend {
     return {ring.stage << 2 | ring.keeps(followed, step, tiles) << 1 | static_cast<int>(ring.parity())};
   }
 
-  __device__ bool at_bank(int at_step) const { return (backwards ? tiles - 1 - at_step : at_step) >= window_tiles; }
-
-  __device__ static void release(uint64_t* empty) {
+  __device__ static void release(uint64_t* empty, bool really = true) {
     __syncwarp();
-    if (hopper::elect_thread()) hopper::arrive(empty);
+    hopper::arrive_if(empty, really && lane_id() == 0);
   }
 
   // False after the last item.
   __device__ bool take_item() {
     hopper::wait(&shared.q_full[items % kQuerySets], items / kQuerySets % 2);
-    const Item& item = shared.item[items++ % kQuerySets];
+    const Item& item = shared.item[items++ % kItems];
     step = 0;
     tiles = item.tiles;
     if (tiles == 0) return false;
     window_tiles = item.window_tiles;
-    backwards = item.backwards;
+    tile = item.backwards ? tiles - 1 : 0;
+    next_tile = item.backwards ? -1 : 1;
     follows = item.follows;
     ring.begin(follows);
     followed = item.followed;
@@ -93,25 +94,26 @@ struct Attend {
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
-        rows.lam = real ? __ldg(static_cast<const float*>(p.lam) + rows.line[i]) : 0.0f;
-        if (item.kv_head != theta_head || p.group > Memory::kRows) write_theta(item);
-        theta = shared.theta + (p.group > Memory::kRows ? row0 : at.head) * Memory::kThetaStride;
+        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item);
+        theta = shared.theta[warpgroup] + (p.group > kThetas ? row0 % kThetas : at.head) * Memory::kThetaStride;
       }
     }
     return true;
   }
 
-  // The angles of the heads of an item, or of its rows where there are not as many. Both warpgroups are between two items.
+  // The angles of the heads of a group, or of this warpgroup's rows where those are fewer.
+  static constexpr int kThetas = Memory::kRows / kConsumers;
   __device__ void write_theta(const Item& item) {
     theta_head = item.kv_head;
-    hopper::sync_threads(kTheta, kConsumers * hopper::kWarpgroup);
-    const bool by_row = p.group > Memory::kRows;
-    for (int i = threadIdx.x - hopper::kWarpgroup; i < (by_row ? Memory::kRows : p.group) * (D / 2); i += kConsumers * hopper::kWarpgroup) {
+    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
+    const bool by_row = p.group > kThetas;
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2); i += hopper::kWarpgroup) {
       const int place = i / (D / 2), pair = i % (D / 2);
-      const int head = item.kv_head * p.group + (by_row ? p.split(item.row0 + place).head : place);
-      shared.theta[place * Memory::kThetaStride + pair] = angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
+      const int head = item.kv_head * p.group + (by_row ? p.split(item.row0 + warpgroup * kThetas + place).head : place);
+      shared.theta[warpgroup][place * Memory::kThetaStride + pair] =
+          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
     }
-    hopper::sync_threads(kTheta, kConsumers * hopper::kWarpgroup);
+    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
   }
 
   // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of either pairing.
@@ -137,10 +139,10 @@ struct Attend {
     }
   }
 
-  // The item's queries to the register operand, as the bank or as the window meets them.
+  // The item's queries to the register operand, as the tile meets them.
   __device__ void load_queries() {
     const int set = (items - 1) % kQuerySets;
-    const bool bank = p.turned && at_bank(step);
+    const bool turned = p.turns_queries && tile >= window_tiles;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float x[D / 4];
@@ -152,31 +154,28 @@ struct Attend {
                                  hopper::swizzled(row, packet % 8));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
+          q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
           const float2 y = unpack<T>(words[j]);
           x[8 * block + 2 * j] = y.x;
           x[8 * block + 2 * j + 1] = y.y;
         }
       }
-      if (bank) turn(x, p.rope_interleaved, shared.bank_angles[set]);
+      if (turned) {
+        turn(x, p.rope_interleaved, shared.bank_angles[(items - 1) % kItems]);
 #pragma unroll
-      for (int w = 0; w < D / 8; ++w) q[w / 2][i + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
+        for (int w = 0; w < D / 8; ++w) q[w / 2][i + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
+      }
       if (Streams == 2) {
         turn(x, p.theta_interleaved, theta);
 #pragma unroll
         for (int w = 0; w < D / 8; ++w) q[w / 2][1 + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
       }
     }
-    if (!p.turned || step > 0) release(&shared.q_empty[set]);
-  }
-
-  // Of a tile that ordinary copies may have written, where wgmma reads by another way.
-  __device__ static void wait_tile(uint64_t* full, uint32_t parity) {
-    hopper::wait(full, parity);
-    hopper::fence_async_proxy();
+    release(&shared.q_empty[set], !p.turns_queries || step > 0);
   }
 
   __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
-    wait_tile(&shared.k_full[at.stage()], at.parity());
+    hopper::wait(&shared.k_full[at.stage()], at.parity());
     const auto k = hopper::rows_descriptor(shared.k[at.stage()]);
     hopper::begin_products();
 #pragma unroll
@@ -190,7 +189,7 @@ struct Attend {
   __device__ void finish_logits(float (&s)[kKeys / 2], Position at) {
     hopper::pin(s);
     const int column = lane_id() % 4 * 2;
-    if (at_bank(step)) {
+    if (tile >= window_tiles) {
       const float* bias = shared.bias[at.stage()] + column;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; ++i) {
@@ -201,10 +200,9 @@ struct Attend {
         s[4 * i + 3] += b.y;
       }
     } else {
-      const int key0 = (backwards ? tiles - 1 - step : step) * kKeys;
       int seen[kOwn];  // from this thread's first column on
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - key0 - column;
+      for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - tile * kKeys - column;
 #pragma unroll
       for (int part = 0; part < kKeys; part += 32) {
         if (part + 25 < seen[0]) continue;
@@ -214,7 +212,7 @@ struct Attend {
         }
       }
     }
-    if (!at.keep()) release(&shared.k_empty[at.stage()]);
+    release(&shared.k_empty[at.stage()], !at.keep());
   }
 
   // Logits to weights relative to the peaks; returns how much earlier weights shrink. A peak that grows by less than a factor of 2^8 in
@@ -264,7 +262,7 @@ struct Attend {
   }
 
   __device__ void start_output(Position at, const uint32_t (&weights)[kKeys / 16][4], bool add) {
-    wait_tile(&shared.v_full[at.stage()], at.parity());
+    hopper::wait(&shared.v_full[at.stage()], at.parity());
     const auto v = hopper::columns_descriptor(shared.v[at.stage()], kKeys * 128);
     hopper::begin_products();
 #pragma unroll
@@ -290,7 +288,7 @@ struct Attend {
     while (true) {
       hopper::wait_products<0>();
       hopper::pin(o);
-      if (!before.keep()) release(&shared.v_empty[before.stage()]);
+      release(&shared.v_empty[before.stage()], !before.keep());
       finish_logits(s, now);
       const float2 shrink = absorb(s);
       pack_operand<T>(weights, s);
@@ -309,7 +307,9 @@ struct Attend {
         ended = rows;
         if (!take_item()) break;
       } else {
-        other_queries = p.turned && at_bank(step) != at_bank(step - 1);
+        const bool was_bank = tile >= window_tiles;
+        tile += next_tile;
+        other_queries = p.turns_queries && was_bank != (tile >= window_tiles);
       }
       if (other_queries) load_queries();
       now = next_position();
@@ -337,6 +337,7 @@ struct Attend {
   }
 
   __device__ void invert_totals() {
+    if (Streams == 2) rows.lam = shared.lam[(items - 1) % kItems][row0];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float sum = rows.total[i];
@@ -397,14 +398,14 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   auto& shared = *reinterpret_cast<Shared<T, D, Streams>*>(memory);
   const int warpgroup = threadIdx.x / hopper::kWarpgroup;
   if (threadIdx.x == 0) {
-    constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp, kArrivals = kBringers * Bring<T, D, Streams>::kWarpArrivals;
+    constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp;
     for (int set = 0; set < kQuerySets; ++set) {
-      hopper::init_barrier(&shared.q_full[set], kArrivals);
+      hopper::init_barrier(&shared.q_full[set], Bring<T, D, Streams>::kQueryArrivals);
       hopper::init_barrier(&shared.q_empty[set], kWarps);
     }
     for (int stage = 0; stage < stages(D); ++stage) {
-      hopper::init_barrier(&shared.k_full[stage], kArrivals);
-      hopper::init_barrier(&shared.v_full[stage], kArrivals);
+      hopper::init_barrier(&shared.k_full[stage], kBringers);
+      hopper::init_barrier(&shared.v_full[stage], kBringers);
       hopper::init_barrier(&shared.k_empty[stage], kWarps);
       hopper::init_barrier(&shared.v_empty[stage], kWarps);
     }
@@ -431,7 +432,9 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   p.group = p.heads / p.kv_heads;
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
   p.summary_rows = p.chunk_rows * p.kv_heads * p.summary_slots;
-  p.turned = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
+  const bool turns = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
+  p.turns_keys = turns && (Streams == 1 || p.theta_interleaved == p.rope_interleaved);
+  p.turns_queries = turns && !p.turns_keys;
   p.logit_scale = static_cast<float>(p.scale);
   p.log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
   p.inverse_scale = static_cast<float>(1.0 / p.scale);

@@ -17,6 +17,7 @@ constexpr int kConsumers = 2;   // warpgroups
 constexpr int kBringers = 4;    // warps
 constexpr int kKeys = 128;      // of a tile
 constexpr int kQuerySets = 2;   // of this item and the next
+constexpr int kItems = 4;       // that a warp may be at while others are at another
 
 // Tiles of keys, and of values, in shared memory.
 constexpr int stages(int dim) { return dim == 64 ? 4 : 2; }
@@ -28,7 +29,9 @@ struct Arguments : BoundedAttentionForward {
   unsigned items;
   int group;                // query heads of a KV head
   uint32_t group_inverse;   // of 2^32
-  bool turned;              // the bank meets other queries than the window
+  // The bank's keys and the queries that meet them are at one distance: keys are turned for that, or, where R_theta and that turn do
+  // not commute, queries.
+  bool turns_keys, turns_queries;
   float logit_scale, log2_scale, inverse_scale, eps;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
   CUtensorMap k_map, v_map;
@@ -45,23 +48,23 @@ struct Arguments : BoundedAttentionForward {
 
 // Query rows (token, head of the group) of one chunk and KV head. Tokens are counted from the first new one of the sequence; those before
 // it are in the ring. Tiles of keys: the window's from its first position on, then the bank's, or all of them backwards.
-struct Item {
-  int sequence, snapshot, kv_head;
-  uint32_t token0;   // of the sequence, over all sequences
+struct alignas(16) Item {
   uint32_t line0;    // token * H + head of the chunk's first row
   int row0, rows;    // first row of the item, and rows of its chunk
-  int chunk_end;     // one past its last new token
-  int window_begin;  // first token that the window holds
-  int ring_begin;    // the slot that holds it, if it is in the ring
   int seen;          // keys of the window before the chunk's first new token
-  int keys;          // keys of the window
+  int kv_head;
   int window_tiles;  // those that the item's last row sees
   int tiles;         // of window and bank; 0 ends the block
-  int64_t position;  // of the chunk's first token in the sequence
   bool backwards;
   bool follows, followed;  // the item before it, or after it, has the same tiles, the other way round
 
-  __device__ int tile(int step) const { return backwards ? tiles - 1 - step : step; }
+  int sequence, snapshot;
+  uint32_t token0;   // of the sequence, over all sequences
+  int chunk_end;     // one past its last new token
+  int window_begin;  // first token that the window holds
+  int ring_begin;    // the slot that holds it, if it is in the ring
+  int keys;          // keys of the window
+  int64_t position;  // of the chunk's first token in the sequence
 };
 
 // Stages of keys, and of values, in the order of use. An item that follows another begins where that one ended and goes back through the
@@ -104,7 +107,7 @@ struct Place {
   unsigned left;                    // items from there on
 };
 
-enum NamedBarrier { kTheta = 1 };
+enum NamedBarrier { kTheta = 1 };  // the first of two, one for each warpgroup
 
 template <class T, int D, int Streams>
 struct Shared {
@@ -114,11 +117,13 @@ struct Shared {
   alignas(1024) T q[kQuerySets][kRows * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  alignas(16) Angle<float> theta[Streams == 2 ? kRows * kThetaStride : 2];  // of the heads of a group, or of the item's rows
-  alignas(16) Angle<float> bank_angles[kQuerySets][D / 2];
+  // For each warpgroup, of the heads of a group, or of its own rows.
+  alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kRows / kConsumers * kThetaStride : 2];
+  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // that turn queries
+  alignas(16) float lam[kItems][kRows];
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
-  Item item[kQuerySets];
+  Item item[kItems];
   Place place[kBringers];
   uint64_t q_full[kQuerySets], q_empty[kQuerySets];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
