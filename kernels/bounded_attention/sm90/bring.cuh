@@ -28,17 +28,13 @@ struct Bring {
   const int warp;
   Place& place;
   Ring<Memory::kStages> ring;
+  int tiles = 0;  // whose keys have been brought
 
   __device__ Bring(const Arguments& arguments, Memory& memory, int n)
       : p(arguments), shared(memory), warp(n), place(memory.place[n]) {}
 
-  // Where a key and its value are; zeros where null.
-  struct Row {
-    const T* key = nullptr;
-    const T* value = nullptr;
-    float bias = neg_inf<float>();
-  };
-  __device__ Row row_at(const void* keys, const void* values, int64_t row) const {
+  __device__ static BankRow no_row() { return {nullptr, nullptr, neg_inf<float>()}; }
+  __device__ static BankRow row_at(const void* keys, const void* values, int64_t row) {
     return {static_cast<const T*>(keys) + row * D, static_cast<const T*>(values) + row * D, 0.0f};
   }
   // Rows of (N, Hkv, W + Me) and (T, Hkv).
@@ -49,13 +45,13 @@ struct Bring {
     return static_cast<int64_t>(item.token0 + token) * p.kv_heads + item.kv_head;
   }
 
-  __device__ Row bank_row(const Item& item, int slot) const {
+  __device__ BankRow bank_row(const Item& item, int slot) const {
     if (slot < p.exact_slots) {
       const int gate_group = p.gate_groups == 1 ? 0 : item.kv_head, held = p.window + p.exact_slots;
       const int source = __ldg(p.index + static_cast<int64_t>(item.snapshot * p.gate_groups + gate_group) * p.exact_slots + slot);
-      if (source < 0) return {};
+      if (source < 0) return no_row();
       const int token = source - held;
-      Row row = token < 0 ? row_at(p.state_kbar, p.state_v, state_row(item, source)) : row_at(p.kbar, p.v, token_row(item, token));
+      BankRow row = token < 0 ? row_at(p.state_kbar, p.state_v, state_row(item, source)) : row_at(p.kbar, p.v, token_row(item, token));
       if (p.gate_bias && slot >= p.num_sinks) {
         row.bias = log_sigmoid_approximate(
             token < 0 ? static_cast<const float*>(p.state_gate)[(item.sequence * p.gate_groups + gate_group) * held + source]
@@ -64,17 +60,17 @@ struct Bring {
       return row;
     }
     slot -= p.exact_slots;
-    if (slot >= p.summary_slots) return {};
+    if (slot >= p.summary_slots) return no_row();
     const float mass = static_cast<const float*>(p.summary_mass)[item.snapshot * p.summary_slots + slot];
-    if (!(mass > 0.0f)) return {};
+    if (!(mass > 0.0f)) return no_row();
     const T* keys = static_cast<const T*>(p.summary_rounded);
-    Row row = row_at(keys, keys + p.summary_rows * D,
+    BankRow row = row_at(keys, keys + p.summary_rows * D,
                      static_cast<int64_t>(item.snapshot * p.kv_heads + item.kv_head) * p.summary_slots + slot);
     if (p.mass_bias) row.bias = __logf(mass);
     return row;
   }
-  __device__ Row window_row(const Item& item, int key) const {
-    if (key >= item.keys) return {};
+  __device__ BankRow window_row(const Item& item, int key) const {
+    if (key >= item.keys) return no_row();
     const int token = item.window_begin + key, slot = item.ring_begin + key;
     return token < 0 ? row_at(p.state_k, p.state_v, state_row(item, slot < p.window ? slot : slot - p.window))
                      : row_at(p.k, p.v, token_row(item, token));
@@ -92,11 +88,11 @@ struct Bring {
     const int set = n % kQuerySets;
     hopper::wait(&shared.q_empty[set], n / kQuerySets % 2 ^ 1);
     if (found) {
-      constexpr int kShare = Memory::kRows / kBringers;
+      constexpr int kShare = Memory::kRows / kBringers, kOfWarpgroup = Memory::kRows / kConsumers;
       const int packet = lane_id() % kPackets;
 #pragma unroll 1
       for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
-        ampere::copy_packet(packet_of<Memory::kRows>(shared.q[set], i, packet),
+        ampere::copy_packet(packet_of<64>(shared.q[set][i / kOfWarpgroup], product_row<Streams>(i % kOfWarpgroup), packet),
                             static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
       }
       if (Streams == 2 && lane_id() < kShare) {
@@ -149,7 +145,11 @@ struct Bring {
     constexpr int kParts = D / 16;
     const int part = lane_id() % kParts;
     hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);  // and with it the angles of all warps
-    const Angle<float>* angles = shared.bank_angles[n % kItems] + (p.rope_interleaved ? 4 : 8) * part;
+    Angle<float> angles[kPacket];
+#pragma unroll
+    for (int i = 0; i < kPacket; ++i) {
+      angles[i] = shared.bank_angles[n % kItems][p.rope_interleaved ? 4 * part + i / 4 * (D / 4) + i % 4 : 8 * part + i];
+    }
 #pragma unroll 1
     for (int row = warp * kWarp + lane_id() / kParts; row < (warp + 1) * kWarp; row += kWarp / kParts) {
       uint4* const at[2] = {reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part)),
@@ -164,7 +164,7 @@ struct Bring {
       };
       if (p.rope_interleaved) {
 #pragma unroll
-        for (int i = 0; i < kPacket; ++i) turn_back(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angles[i / 4 * (D / 4) + i % 4]);
+        for (int i = 0; i < kPacket; ++i) turn_back(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angles[i]);
       } else {
 #pragma unroll
         for (int i = 0; i < kPacket; ++i) turn_back(x[0][i], x[1][i], angles[i]);
@@ -175,12 +175,12 @@ struct Bring {
   }
 
   // By the copy engine, from token `token` on over all sequences.
-  __device__ void load_tile(T* tile, const CUtensorMap& map, uint64_t* full, const Item& item, uint32_t token) {
+  __device__ void load_tile(T* tile, const CUtensorMap& map, uint64_t* full, int kv_head, int token) {
     if (lane_id() == 0) {
       if (warp == 0) {
         hopper::arrive_expect(full, kKeys * D * sizeof(T));
         for (int panel = 0; panel < D / 64; ++panel) {
-          hopper::load_box(tile + panel * kKeys * 64, &map, full, panel * 64, item.kv_head, static_cast<int>(token), 0);
+          hopper::load_box(tile + panel * kKeys * 64, &map, full, panel * 64, kv_head, token, 0);
         }
       } else {
         hopper::arrive(full);
@@ -196,7 +196,7 @@ struct Bring {
     if (lane_id() == 0) hopper::arrive(full);
   }
 
-  __device__ void bring_tile(int n, const Item& item, int tile) {
+  __device__ void bring_keys(int n, const Item& item, int tile) {
     const int stage = ring.stage;
     const uint32_t parity = ring.parity() ^ 1;
     const bool bank = tile >= item.window_tiles;
@@ -204,21 +204,56 @@ struct Bring {
     // The copy engine brings what lies wholly in the chunk and the tokens before it.
     if (!bank && token >= 0 && token + kKeys <= item.chunk_end) {
       hopper::wait(&shared.k_empty[stage], parity);
-      load_tile(shared.k[stage], p.k_map, &shared.k_full[stage], item, item.token0 + token);
-      hopper::wait(&shared.v_empty[stage], parity);
-      load_tile(shared.v[stage], p.v_map, &shared.v_full[stage], item, item.token0 + token);
+      load_tile(shared.k[stage], p.k_map, &shared.k_full[stage], item.kv_head, static_cast<int>(item.token0) + token);
+      remember({stage, parity, item.kv_head, static_cast<int>(item.token0) + token}, nullptr);
       return;
     }
     const int mine = warp * kWarp + lane_id();
-    const Row row = bank ? bank_row(item, key0 + mine) : window_row(item, key0 + mine);
+    BankRow row;
+    if (!bank) {
+      row = window_row(item, key0 + mine);
+    } else if (key0 == 0) {
+      const BankRow& known = place.bank[item.odd_chunk][lane_id()];
+      row.key = known.key;
+      row.value = known.value;
+      row.bias = known.bias;
+    } else {
+      row = bank_row(item, key0 + mine);
+    }
     hopper::wait(&shared.k_empty[stage], parity);
     if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
-    copy_rows(shared.k[stage], row.key);
+    copy_rows(shared.k[stage], static_cast<const T*>(row.key));
     if (bank && p.turns_keys) turn_keys(shared.k[stage], n);
     announce(&shared.k_full[stage]);
-    hopper::wait(&shared.v_empty[stage], parity);
-    copy_rows(shared.v[stage], row.value);
-    announce(&shared.v_full[stage]);
+    remember({stage, parity, item.kv_head, -1}, row.value);
+  }
+  __device__ void remember(const PendingTile& tile, const void* row) {
+    place.pending[tiles & 1] = tile;
+    place.pending_row[tiles & 1][lane_id()] = row;
+    __syncwarp();
+    ++tiles;
+  }
+  // Of the tile before the last whose keys were brought, or of the last.
+  __device__ void bring_values(int number) {
+    if (number < 0) return;
+    const PendingTile& tile = place.pending[number & 1];
+    hopper::wait(&shared.v_empty[tile.stage], tile.parity);
+    if (tile.token >= 0) {
+      load_tile(shared.v[tile.stage], p.v_map, &shared.v_full[tile.stage], tile.kv_head, tile.token);
+    } else {
+      copy_rows(shared.v[tile.stage], static_cast<const T*>(place.pending_row[number & 1][lane_id()]));
+      announce(&shared.v_full[tile.stage]);
+    }
+  }
+
+  __device__ bool find_next(int n, bool follows) {
+    const bool found = find_item(p, place, Memory::kRows, place.item[n % 2], follows);
+    const Item& item = place.item[n % 2];
+    // Known before their tile has a stage.
+    if (found && !item.follows && item.tiles > item.window_tiles) {
+      place.bank[item.odd_chunk][lane_id()] = bank_row(item, warp * kWarp + lane_id());
+    }
+    return found;
   }
 
   __device__ void run() {
@@ -227,25 +262,29 @@ struct Bring {
       hopper::prefetch_map(&p.v_map);
     }
     start_items(p, place);
-    bool follows = false;
-    // Queries come an item before their keys.
+    bool found = false;
+    // Item number n, beside its first keys the queries of the next; before them all, of the first.
 #pragma unroll 1
-    for (int n = 0;; ++n) {
-      const bool found = find_item(p, place, Memory::kRows, place.item[n % 2], follows);
-      bring_queries(n, found);
-      if (n > 0) {
-        const Item& item = place.item[(n - 1) % 2];
-        ring.begin(item.follows);
+    for (int n = -1; n < 0 || found; ++n) {
+      const Item& item = place.item[n & 1];
+      if (n >= 0) ring.begin(item.follows);
+      const int steps = n < 0 ? 1 : item.tiles;
 #pragma unroll 1
-        for (int step = 0; step < item.tiles; ++step) {
-          const bool fresh = ring.fresh(item.follows, step);
-          ring.advance(fresh);
-          if (fresh) bring_tile(n - 1, item, item.backwards ? item.tiles - 1 - step : step);
+      for (int step = 0; step < steps; ++step) {
+        const bool fresh = n >= 0 && ring.fresh(item.follows, step);
+        if (n >= 0) ring.advance(fresh);
+        if (fresh) {
+          // Values are needed later than keys, and their stages are free later.
+          bring_keys(n, item, item.backwards ? item.tiles - 1 - step : step);
+          bring_values(tiles - 2);
+        }
+        if (step == 0) {
+          found = find_next(n + 1, n >= 0 && item.followed);
+          bring_queries(n + 1, found);
         }
       }
-      if (!found) break;
-      follows = place.item[n % 2].followed;
     }
+    bring_values(tiles - 1);
   }
 };
 

@@ -41,9 +41,6 @@ struct Attend {
   int tile, next_tile;  // the step's, and how far from there the next one's is: forwards or backwards
   bool follows, followed;
   int theta_head = -1;
-  const Angle<float>* theta;  // of this thread's row
-
-  uint32_t q[D / 16][4];
   float o[D / 2];
 
   __device__ Attend(const Arguments& arguments, Memory& memory, int group)
@@ -68,9 +65,11 @@ struct Attend {
     hopper::arrive_if(empty, really && lane_id() == 0);
   }
 
+  // Until the queries of item number n are there.
+  __device__ void wait_queries(unsigned n) { hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2); }
+
   // False after the last item.
   __device__ bool take_item() {
-    hopper::wait(&shared.q_full[items % kQuerySets], items / kQuerySets % 2);
     const Item& item = shared.item[items++ % kItems];
     step = 0;
     tiles = item.tiles;
@@ -94,93 +93,103 @@ struct Attend {
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
-        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item);
-        theta = shared.theta[warpgroup] + (p.group > kThetas ? row0 % kThetas : at.head) * Memory::kThetaStride;
       }
     }
     return true;
   }
 
-  // The angles of the heads of a group, or of this warpgroup's rows where those are fewer.
-  static constexpr int kThetas = Memory::kRows / kConsumers;
-  __device__ void write_theta(const Item& item) {
-    theta_head = item.kv_head;
-    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
-    const bool by_row = p.group > kThetas;
-    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2); i += hopper::kWarpgroup) {
-      const int place = i / (D / 2), pair = i % (D / 2);
-      const int head = item.kv_head * p.group + (by_row ? p.split(item.row0 + warpgroup * kThetas + place).head : place);
-      shared.theta[warpgroup][place * Memory::kThetaStride + pair] =
-          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
-    }
-    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
-  }
-
   // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of either pairing.
-  __device__ static void turn_plane(float& a, float& b, float cos, float sin) {
-    const float turned = fmaf(a, cos, -(b * sin));
-    b = fmaf(a, sin, b * cos);
+  __device__ static void turn_plane(float& a, float& b, Angle<float> by) {
+    const float turned = fmaf(a, by.cos, -(b * by.sin));
+    b = fmaf(a, by.sin, b * by.cos);
     a = turned;
   }
-  __device__ static void turn(float (&x)[D / 4], bool interleaved, const Angle<float>* angles) {
+  // By angles of pairs at `angles`; angle_of gives them.
+  template <class From, class AngleOf>
+  __device__ static void turn(float (&x)[D / 4], bool interleaved, const From* angles, AngleOf angle_of) {
     if (interleaved) {
 #pragma unroll
       for (int w = 0; w < D / 8; ++w) {
-        const float2 angle = *reinterpret_cast<const float2*>(angles + 4 * w + lane_id() % 4);
-        turn_plane(x[2 * w], x[2 * w + 1], angle.x, angle.y);
+        turn_plane(x[2 * w], x[2 * w + 1], angle_of(angles[4 * w + lane_id() % 4]));
       }
     } else {
 #pragma unroll
       for (int w = 0; w < D / 16; ++w) {
-        const float4 two = *reinterpret_cast<const float4*>(angles + 8 * w + lane_id() % 4 * 2);
-        turn_plane(x[2 * w], x[2 * w + D / 8], two.x, two.y);
-        turn_plane(x[2 * w + 1], x[2 * w + 1 + D / 8], two.z, two.w);
+        const From* two = angles + 8 * w + lane_id() % 4 * 2;
+        turn_plane(x[2 * w], x[2 * w + D / 8], angle_of(two[0]));
+        turn_plane(x[2 * w + 1], x[2 * w + 1 + D / 8], angle_of(two[1]));
       }
     }
   }
 
-  // The item's queries to the register operand, as the tile meets them.
-  __device__ void load_queries() {
-    const int set = (items - 1) % kQuerySets;
-    const bool turned = p.turns_queries && tile >= window_tiles;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
+  // The queries of item number n as products take them. What is there is read as the window meets it.
+  __device__ void prepare_queries(unsigned n, bool bank) {
+    const Item& item = shared.item[n % kItems];
+    if (Streams == 2 && item.tiles > 0) {
+      const auto at = p.split(item.row0 + row0);
+      const int kv_head = item.kv_head;
+      if (kv_head != theta_head && p.group <= kThetas) write_theta(kv_head);
+      const int warp_row = threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() % 8;
+      auto* const tile = reinterpret_cast<unsigned char*>(shared.q[n % kQuerySets][warpgroup]);
+      const auto row_of = [&](int block, int stream) {
+        const int packet = block * 4 + lane_id() / 8;
+        return tile + packet / 8 * 64 * 128 + hopper::swizzled(warp_row + 8 * stream, packet % 8);
+      };
       float x[D / 4];
 #pragma unroll
       for (int block = 0; block < D / 32; ++block) {
         uint32_t words[4];
-        const int row = row0 - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
-        load_matrices(words, reinterpret_cast<const unsigned char*>(shared.q[set]) + packet / 8 * Memory::kRows * 128 +
-                                 hopper::swizzled(row, packet % 8));
+        load_matrices(words, row_of(block, 0));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
           const float2 y = unpack<T>(words[j]);
           x[8 * block + 2 * j] = y.x;
           x[8 * block + 2 * j + 1] = y.y;
         }
       }
-      if (turned) {
-        turn(x, p.rope_interleaved, shared.bank_angles[(items - 1) % kItems]);
+      const auto store = [&](int stream) {
 #pragma unroll
-        for (int w = 0; w < D / 8; ++w) q[w / 2][i + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
-      }
-      if (Streams == 2) {
-        turn(x, p.theta_interleaved, theta);
+        for (int block = 0; block < D / 32; ++block) {
+          uint32_t words[4];
 #pragma unroll
-        for (int w = 0; w < D / 8; ++w) q[w / 2][1 + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
+          for (int j = 0; j < 4; ++j) words[j] = pack<T>(x[8 * block + 2 * j], x[8 * block + 2 * j + 1]);
+          store_matrices(row_of(block, stream), words[0], words[1], words[2], words[3]);
+        }
+      };
+      if (bank) {
+        turn(x, p.rope_interleaved, shared.bank_angles[n % kItems], [](Angle<float> angle) { return angle; });
+        __syncwarp();
+        store(0);
       }
+      if (p.group <= kThetas) {
+        turn(x, p.theta_interleaved, shared.theta[warpgroup] + at.head * Memory::kThetaStride, [](Angle<float> angle) { return angle; });
+      } else {
+        turn(x, p.theta_interleaved, static_cast<const float*>(p.theta) + (kv_head * p.group + at.head) * (D / 2), angle_of_theta);
+      }
+      store(1);
     }
-    release(&shared.q_empty[set], !p.turns_queries || step > 0);
+    hopper::fence_async_proxy();
+    hopper::sync_threads(kQueries + warpgroup, hopper::kWarpgroup);
+  }
+
+  __device__ void write_theta(int kv_head) {
+    theta_head = kv_head;
+    hopper::sync_threads(kQueries + warpgroup, hopper::kWarpgroup);
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < p.group * (D / 2); i += hopper::kWarpgroup) {
+      shared.theta[warpgroup][i / (D / 2) * Memory::kThetaStride + i % (D / 2)] =
+          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + kv_head * p.group * (D / 2) + i));
+    }
+    hopper::sync_threads(kQueries + warpgroup, hopper::kWarpgroup);
   }
 
   __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
     hopper::wait(&shared.k_full[at.stage()], at.parity());
+    const auto q = hopper::rows_descriptor(shared.q[(items - 1) % kQuerySets][warpgroup]);
     const auto k = hopper::rows_descriptor(shared.k[at.stage()]);
     hopper::begin_products();
 #pragma unroll
     for (int block = 0; block < D / 16; ++block) {
-      hopper::multiply<T, 0>(s, q[block], k + (block / 4 * kKeys * 8 + block % 4 * 2), block > 0);
+      hopper::multiply<T, 0, 0>(s, q + (block / 4 * 64 * 8 + block % 4 * 2), k + (block / 4 * kKeys * 8 + block % 4 * 2), block > 0);
     }
     hopper::commit_products();
   }
@@ -273,6 +282,8 @@ struct Attend {
   }
 
   __device__ void run() {
+    wait_queries(0);
+    prepare_queries(0, false);
     if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
@@ -281,16 +292,26 @@ struct Attend {
     for (int i = 0; i < kOwn; ++i) ended.line[i] = kNoLine;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
-    Position before{2}, now = next_position();
-    load_queries();
     hopper::pin(o);
+    Position before{2}, now = next_position();
     start_logits(s, now);
+    hopper::commit_products();  // in place of an output's
     while (true) {
+      // The next item's queries are made ready beside these products.
+      const bool last = step + 1 == tiles;
+      if (last) {
+        wait_queries(items);
+        prepare_queries(items, false);
+      }
+      hopper::wait_products<1>();
+      finish_logits(s, now);
+      if (last) release(&shared.q_empty[(items - 1) % kQuerySets]);
+      const float2 shrink = absorb(s);
+      // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
+      __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
       hopper::wait_products<0>();
       hopper::pin(o);
       release(&shared.v_empty[before.stage()], !before.keep());
-      finish_logits(s, now);
-      const float2 shrink = absorb(s);
       pack_operand<T>(weights, s);
       const bool begun = step > 0;
       if (begun) {
@@ -298,22 +319,23 @@ struct Attend {
       } else {
         finish(ended);
       }
-      start_output(now, weights, begun);
       before = now;
-      // The next logits come in the same wait.
-      bool other_queries = true;
-      if (++step == tiles) {
+      if (last) {
         invert_totals();
         ended = rows;
-        if (!take_item()) break;
+        if (!take_item()) {
+          start_output(before, weights, begun);
+          break;
+        }
       } else {
-        const bool was_bank = tile >= window_tiles;
+        ++step;
         tile += next_tile;
-        other_queries = p.turns_queries && was_bank != (tile >= window_tiles);
+        if (p.turns_queries && tile == window_tiles) prepare_queries(items - 1, true);
       }
-      if (other_queries) load_queries();
       now = next_position();
+      // The logits of one tile are computed while the weights of the one before it meet their values.
       start_logits(s, now);
+      start_output(before, weights, begun);
     }
     hopper::wait_products<0>();
     hopper::pin(o);
@@ -394,6 +416,7 @@ constexpr int kThreads = hopper::kWarpgroup * (1 + kConsumers);
 
 template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Arguments p) {
+  static_assert(sizeof(Shared<T, D, Streams>) <= 227 * 1024);
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<T, D, Streams>*>(memory);
   const int warpgroup = threadIdx.x / hopper::kWarpgroup;
@@ -415,10 +438,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   __syncthreads();
   // 512 registers of four threads, one of each warp of a scheduler.
   if (warpgroup == 0) {
-    hopper::lower_registers<40>();
+    hopper::lower_registers<56>();
     Bring<T, D, Streams>(p, shared, warp_id()).run();
   } else {
-    hopper::raise_registers<232>();
+    hopper::raise_registers<224>();
     Attend<T, D, Streams>(p, shared, warpgroup - 1).run();
   }
 }
