@@ -16,6 +16,12 @@ __device__ inline Angle<float> angle_of_phase(double phase) {
 // Absolute errors of 2^-21, which in a logit are far below what rounding its operands costs.
 __device__ inline float log_sigmoid_approximate(float z) { return fminf(z, 0.0f) - __logf(1.0f + __expf(-fabsf(z))); }
 
+__device__ inline Angle<float> angle_of_theta(float theta) {
+  const float turns = rintf(theta * 0.15915494f);
+  const float x = fmaf(turns, 1.7484555e-7f, fmaf(turns, -6.2831855f, theta));
+  return {__cosf(x), __sinf(x)};
+}
+
 // One warp that brings: a quarter of the queries of each item, and of the rows of each tile of keys and values.
 template <class T, int D, int Streams>
 struct Bring {
@@ -28,7 +34,9 @@ struct Bring {
   const int warp;
   Place& place;
   Ring<Memory::kStages> ring;
-  int tiles = 0;  // whose keys have been brought
+  int tiles = 0, tiles_with_values = 0;  // that have been brought
+  int sets = 0;   // of queries
+  int theta_head = -1;
 
   __device__ Bring(const Arguments& arguments, Memory& memory, int n)
       : p(arguments), shared(memory), warp(n), place(memory.place[n]) {}
@@ -81,14 +89,14 @@ struct Bring {
     return reinterpret_cast<unsigned char*>(tile) + packet / 8 * Rows * 128 + hopper::swizzled(row, packet % 8);
   }
 
-  // This warp's share of the queries of the n-th item and of their lambdas, zeros past the end of the chunk; of the angles that turn them
-  // towards the bank; and what the item is, or that there is none. These copies announce themselves when they are complete.
-  __device__ void bring_queries(int n, bool found) {
-    const Item& item = place.item[n % 2];
-    const int set = n % kQuerySets;
-    hopper::wait(&shared.q_empty[set], n / kQuerySets % 2 ^ 1);
+  // Begins the next set of queries: this warp's share of those of item number n, zeros past the end of the chunk. Also of their lambdas
+  // and of the angles that turn them towards the bank; and what the item is, or that there is none.
+  static constexpr int kShare = Memory::kRows / kBringers, kOfWarpgroup = Memory::kRows / kConsumers;
+  __device__ void start_queries(int n, bool found) {
+    const Item& item = place.item[n & 1];
+    const int set = sets % kQuerySets;
+    hopper::wait(&shared.q_empty[set], sets / kQuerySets % 2 ^ 1);
     if (found) {
-      constexpr int kShare = Memory::kRows / kBringers, kOfWarpgroup = Memory::kRows / kConsumers;
       const int packet = lane_id() % kPackets;
 #pragma unroll 1
       for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
@@ -109,17 +117,98 @@ struct Bring {
       shared.item[n % kItems] = item;
       if (!found) shared.item[n % kItems].tiles = 0;
     }
-    ampere::arrive_after_copies(&shared.q_full[set]);
-    __syncwarp();
-    if (lane_id() == 0) hopper::arrive(&shared.q_full[set]);
+    ampere::commit_copies();
   }
-  static constexpr int kQueryArrivals = kBringers * (kWarp + 1);
+
+  // Turns them, if for the bank, and adds the second stream.
+  __device__ void finish_queries(int n, bool found, bool bank) {
+    const int set = sets % kQuerySets;
+    if (bank) wait_angles();
+    ampere::wait_copies<0>();
+    __syncwarp();
+    if (found && (Streams == 2 || bank)) {
+      const Item& item = place.item[n & 1];
+      if (Streams == 2 && item.kv_head != theta_head && p.group <= kThetas) write_theta(item.kv_head);
+#pragma unroll 1
+      for (int i = warp * kShare + lane_id() / kParts; i < (warp + 1) * kShare; i += kWarp / kParts) {
+        T* const tile = shared.q[set][i / kOfWarpgroup];
+        const int row = product_row<Streams>(i % kOfWarpgroup);
+        Planes x;
+        x.template load<64>(tile, row);
+        if (bank) {
+          const Angle<float>* angles = shared.bank_angles[n % kItems];
+          x.turn(p.rope_interleaved, [&](int pair) { return angles[pair]; });
+          x.template store<64>(tile, row);
+        }
+        if (Streams == 2) {
+          const int head = p.split(item.row0 + i).head;
+          if (p.group <= kThetas) {
+            const Angle<float>* angles = shared.theta + head * Memory::kThetaStride;
+            x.turn(p.theta_interleaved, [&](int pair) { return angles[pair]; });
+          } else {
+            const float* angles = static_cast<const float*>(p.theta) + (item.kv_head * p.group + head) * (D / 2);
+            x.turn(p.theta_interleaved, [&](int pair) { return angle_of_theta(__ldg(angles + pair)); });
+          }
+          x.template store<64>(tile, row + 8);
+        }
+      }
+    }
+    announce(&shared.q_full[set]);
+    ++sets;
+  }
+  // Of the item whose first queries were finished last: all four warps have written theirs.
+  __device__ void wait_angles() { hopper::wait(&shared.q_full[(sets - 1) % kQuerySets], (sets - 1) / kQuerySets % 2); }
+
+  // By all warps that bring, when they come to another KV head.
+  __device__ void write_theta(int kv_head) {
+    theta_head = kv_head;
+    hopper::sync_threads(kTheta, kBringers * kWarp);
+    for (int i = threadIdx.x; i < p.group * (D / 2); i += kBringers * kWarp) {
+      shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] =
+          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + kv_head * p.group * (D / 2) + i));
+    }
+    hopper::sync_threads(kTheta, kBringers * kWarp);
+  }
 
   // Of row i of an item. Past the end of the chunk it is never read.
   __device__ int64_t line_of(const Item& item, int i) const {
     const auto at = p.split(item.row0 + i);
     return item.line0 + static_cast<uint32_t>(at.token * p.heads + at.head);
   }
+
+  // Two packets of a row that are half a row apart, and so both elements of every plane of either pairing.
+  static constexpr int kParts = D / 16;  // lanes of a row
+  struct Planes {
+    float x[2][kPacket];
+    template <int Rows>
+    __device__ void load(T* tile, int row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_packet(x[i], reinterpret_cast<const T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)));
+    }
+    template <int Rows>
+    __device__ void store(T* tile, int row) const {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) store_packet(reinterpret_cast<T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)), x[i]);
+    }
+    __device__ static void turn_plane(float& a, float& b, Angle<float> by) {
+      const float turned = fmaf(a, by.cos, -(b * by.sin));
+      b = fmaf(a, by.sin, b * by.cos);
+      a = turned;
+    }
+    template <class AngleOf>
+    __device__ void turn(bool interleaved, AngleOf angle_of_pair) {
+      const int part = lane_id() % kParts;
+      if (interleaved) {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) {
+          turn_plane(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angle_of_pair(4 * part + i / 4 * (D / 4) + i % 4));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) turn_plane(x[0][i], x[1][i], angle_of_pair(8 * part + i));
+      }
+    }
+  };
 
   // Of 32 rows of the tile each lane has one.
   __device__ void copy_rows(T* tile, const T* mine) const {
@@ -139,38 +228,15 @@ struct Bring {
     __syncwarp();
   }
 
-  // This warp's rows of a tile of the n-th item's bank, in place: q . R(-a) k = (R(a) q) . k. A lane has two packets of a row that are
-  // half a row apart, and so both elements of every plane of either pairing.
+  // This warp's rows of a tile of item number n's bank, in place: q . R(-a) k = (R(a) q) . k.
   __device__ void turn_keys(T* tile, int n) const {
-    constexpr int kParts = D / 16;
-    const int part = lane_id() % kParts;
-    hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);  // and with it the angles of all warps
-    Angle<float> angles[kPacket];
-#pragma unroll
-    for (int i = 0; i < kPacket; ++i) {
-      angles[i] = shared.bank_angles[n % kItems][p.rope_interleaved ? 4 * part + i / 4 * (D / 4) + i % 4 : 8 * part + i];
-    }
+    const Angle<float>* angles = shared.bank_angles[n % kItems];
 #pragma unroll 1
     for (int row = warp * kWarp + lane_id() / kParts; row < (warp + 1) * kWarp; row += kWarp / kParts) {
-      uint4* const at[2] = {reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part)),
-                            reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part + kParts))};
-      float x[2][kPacket];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) load_packet(x[i], reinterpret_cast<const T*>(at[i]));
-      const auto turn_back = [](float& a, float& b, Angle<float> by) {
-        const float turned = fmaf(a, by.cos, b * by.sin);
-        b = fmaf(b, by.cos, -(a * by.sin));
-        a = turned;
-      };
-      if (p.rope_interleaved) {
-#pragma unroll
-        for (int i = 0; i < kPacket; ++i) turn_back(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angles[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPacket; ++i) turn_back(x[0][i], x[1][i], angles[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) store_packet(reinterpret_cast<T*>(at[i]), x[i]);
+      Planes x;
+      x.template load<kKeys>(tile, row);
+      x.turn(p.rope_interleaved, [&](int pair) { return Angle<float>{angles[pair].cos, -angles[pair].sin}; });
+      x.template store<kKeys>(tile, row);
     }
   }
 
@@ -223,7 +289,10 @@ struct Bring {
     hopper::wait(&shared.k_empty[stage], parity);
     if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
     copy_rows(shared.k[stage], static_cast<const T*>(row.key));
-    if (bank && p.turns_keys) turn_keys(shared.k[stage], n);
+    if (bank && p.turns_keys) {
+      wait_angles();
+      turn_keys(shared.k[stage], n);
+    }
     announce(&shared.k_full[stage]);
     remember({stage, parity, item.kv_head, -1}, row.value);
   }
@@ -233,16 +302,18 @@ struct Bring {
     __syncwarp();
     ++tiles;
   }
-  // Of the tile before the last whose keys were brought, or of the last.
-  __device__ void bring_values(int number) {
-    if (number < 0) return;
-    const PendingTile& tile = place.pending[number & 1];
-    hopper::wait(&shared.v_empty[tile.stage], tile.parity);
-    if (tile.token >= 0) {
-      load_tile(shared.v[tile.stage], p.v_map, &shared.v_full[tile.stage], tile.kv_head, tile.token);
-    } else {
-      copy_rows(shared.v[tile.stage], static_cast<const T*>(place.pending_row[number & 1][lane_id()]));
-      announce(&shared.v_full[tile.stage]);
+  // Of the tiles up to there whose keys have been brought.
+  __device__ void bring_values(int end) {
+    while (tiles_with_values < end) {
+      const int slot = tiles_with_values++ & 1;
+      const PendingTile& tile = place.pending[slot];
+      hopper::wait(&shared.v_empty[tile.stage], tile.parity);
+      if (tile.token >= 0) {
+        load_tile(shared.v[tile.stage], p.v_map, &shared.v_full[tile.stage], tile.kv_head, tile.token);
+      } else {
+        copy_rows(shared.v[tile.stage], static_cast<const T*>(place.pending_row[slot][lane_id()]));
+        announce(&shared.v_full[tile.stage]);
+      }
     }
   }
 
@@ -263,11 +334,21 @@ struct Bring {
     }
     start_items(p, place);
     bool found = false;
-    // Item number n, beside its first keys the queries of the next; before them all, of the first.
+    // Item number n; beside its first keys, or before them all, the queries of the next are begun.
 #pragma unroll 1
-    for (int n = -1; n < 0 || found; ++n) {
+    for (int n = -1;; ++n) {
       const Item& item = place.item[n & 1];
-      if (n >= 0) ring.begin(item.follows);
+      if (n >= 0) {
+        if (!found) bring_values(tiles);
+        if (p.turns_queries) start_queries(n, found);
+        finish_queries(n, found, false);
+        if (!found) break;
+        if (p.turns_queries) {
+          start_queries(n, found);
+          finish_queries(n, found, true);
+        }
+        ring.begin(item.follows);
+      }
       const int steps = n < 0 ? 1 : item.tiles;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -276,15 +357,16 @@ struct Bring {
         if (fresh) {
           // Values are needed later than keys, and their stages are free later.
           bring_keys(n, item, item.backwards ? item.tiles - 1 - step : step);
-          bring_values(tiles - 2);
+          bring_values(tiles - 1);
         }
         if (step == 0) {
           found = find_next(n + 1, n >= 0 && item.followed);
-          bring_queries(n + 1, found);
+          if (!p.turns_queries) start_queries(n + 1, found);
         }
       }
+      // What follows finds its first keys there, and waits for nothing else.
+      if (n >= 0 && item.followed) bring_values(tiles);
     }
-    bring_values(tiles - 1);
   }
 };
 

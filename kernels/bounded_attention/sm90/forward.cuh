@@ -9,12 +9,6 @@
 
 namespace coda::kernels::sm90::bounded {
 
-__device__ inline Angle<float> angle_of_theta(float theta) {
-  const float turns = rintf(theta * 0.15915494f);
-  const float x = fmaf(turns, 1.7484555e-7f, fmaf(turns, -6.2831855f, theta));
-  return {__cosf(x), __sinf(x)};
-}
-
 // One consumer warpgroup: one online softmax for each item. Tiles of all items run in one stream, so that the first logits of an item are
 // computed while the item before it ends. A thread has two rows of every product, eight apart: with two streams they are one query in
 // both, so that o1 - lam o2 and its norm need nobody else.
@@ -26,7 +20,7 @@ struct Attend {
   Memory& shared;
   const int warpgroup;
   const int row0;  // this thread's first, within an item
-  unsigned items = 0;
+  unsigned items = 0, sets = 0;  // taken, the latter of queries
 
   struct Rows {
     uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
@@ -40,7 +34,6 @@ struct Attend {
   int tiles, window_tiles, step;
   int tile, next_tile;  // the step's, and how far from there the next one's is: forwards or backwards
   bool follows, followed;
-  int theta_head = -1;
   float o[D / 2];
 
   __device__ Attend(const Arguments& arguments, Memory& memory, int group)
@@ -65,11 +58,14 @@ struct Attend {
     hopper::arrive_if(empty, really && lane_id() == 0);
   }
 
-  // Until the queries of item number n are there.
-  __device__ void wait_queries(unsigned n) { hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2); }
+  __device__ void take_queries() {
+    hopper::wait(&shared.q_full[sets % kQuerySets], sets / kQuerySets % 2);
+    ++sets;
+  }
 
   // False after the last item.
   __device__ bool take_item() {
+    take_queries();
     const Item& item = shared.item[items++ % kItems];
     step = 0;
     tiles = item.tiles;
@@ -98,93 +94,9 @@ struct Attend {
     return true;
   }
 
-  // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of either pairing.
-  __device__ static void turn_plane(float& a, float& b, Angle<float> by) {
-    const float turned = fmaf(a, by.cos, -(b * by.sin));
-    b = fmaf(a, by.sin, b * by.cos);
-    a = turned;
-  }
-  // By angles of pairs at `angles`; angle_of gives them.
-  template <class From, class AngleOf>
-  __device__ static void turn(float (&x)[D / 4], bool interleaved, const From* angles, AngleOf angle_of) {
-    if (interleaved) {
-#pragma unroll
-      for (int w = 0; w < D / 8; ++w) {
-        turn_plane(x[2 * w], x[2 * w + 1], angle_of(angles[4 * w + lane_id() % 4]));
-      }
-    } else {
-#pragma unroll
-      for (int w = 0; w < D / 16; ++w) {
-        const From* two = angles + 8 * w + lane_id() % 4 * 2;
-        turn_plane(x[2 * w], x[2 * w + D / 8], angle_of(two[0]));
-        turn_plane(x[2 * w + 1], x[2 * w + 1 + D / 8], angle_of(two[1]));
-      }
-    }
-  }
-
-  // The queries of item number n as products take them. What is there is read as the window meets it.
-  __device__ void prepare_queries(unsigned n, bool bank) {
-    const Item& item = shared.item[n % kItems];
-    if (Streams == 2 && item.tiles > 0) {
-      const auto at = p.split(item.row0 + row0);
-      const int kv_head = item.kv_head;
-      if (kv_head != theta_head && p.group <= kThetas) write_theta(kv_head);
-      const int warp_row = threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() % 8;
-      auto* const tile = reinterpret_cast<unsigned char*>(shared.q[n % kQuerySets][warpgroup]);
-      const auto row_of = [&](int block, int stream) {
-        const int packet = block * 4 + lane_id() / 8;
-        return tile + packet / 8 * 64 * 128 + hopper::swizzled(warp_row + 8 * stream, packet % 8);
-      };
-      float x[D / 4];
-#pragma unroll
-      for (int block = 0; block < D / 32; ++block) {
-        uint32_t words[4];
-        load_matrices(words, row_of(block, 0));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 y = unpack<T>(words[j]);
-          x[8 * block + 2 * j] = y.x;
-          x[8 * block + 2 * j + 1] = y.y;
-        }
-      }
-      const auto store = [&](int stream) {
-#pragma unroll
-        for (int block = 0; block < D / 32; ++block) {
-          uint32_t words[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) words[j] = pack<T>(x[8 * block + 2 * j], x[8 * block + 2 * j + 1]);
-          store_matrices(row_of(block, stream), words[0], words[1], words[2], words[3]);
-        }
-      };
-      if (bank) {
-        turn(x, p.rope_interleaved, shared.bank_angles[n % kItems], [](Angle<float> angle) { return angle; });
-        __syncwarp();
-        store(0);
-      }
-      if (p.group <= kThetas) {
-        turn(x, p.theta_interleaved, shared.theta[warpgroup] + at.head * Memory::kThetaStride, [](Angle<float> angle) { return angle; });
-      } else {
-        turn(x, p.theta_interleaved, static_cast<const float*>(p.theta) + (kv_head * p.group + at.head) * (D / 2), angle_of_theta);
-      }
-      store(1);
-    }
-    hopper::fence_async_proxy();
-    hopper::sync_threads(kQueries + warpgroup, hopper::kWarpgroup);
-  }
-
-  __device__ void write_theta(int kv_head) {
-    theta_head = kv_head;
-    hopper::sync_threads(kQueries + warpgroup, hopper::kWarpgroup);
-    for (int i = threadIdx.x % hopper::kWarpgroup; i < p.group * (D / 2); i += hopper::kWarpgroup) {
-      shared.theta[warpgroup][i / (D / 2) * Memory::kThetaStride + i % (D / 2)] =
-          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + kv_head * p.group * (D / 2) + i));
-    }
-    hopper::sync_threads(kQueries + warpgroup, hopper::kWarpgroup);
-  }
-
   __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
     hopper::wait(&shared.k_full[at.stage()], at.parity());
-    const auto q = hopper::rows_descriptor(shared.q[(items - 1) % kQuerySets][warpgroup]);
+    const auto q = hopper::rows_descriptor(shared.q[(sets - 1) % kQuerySets][warpgroup]);
     const auto k = hopper::rows_descriptor(shared.k[at.stage()]);
     hopper::begin_products();
 #pragma unroll
@@ -213,10 +125,10 @@ struct Attend {
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - tile * kKeys - column;
 #pragma unroll
-      for (int part = 0; part < kKeys; part += 32) {
-        if (part + 25 < seen[0]) continue;
+      for (int part = 0; part < kKeys; part += 64) {
+        if (__all_sync(kAllLanes, part + 57 < seen[0])) continue;
 #pragma unroll
-        for (int i = part / 2; i < part / 2 + 16; ++i) {
+        for (int i = part / 2; i < part / 2 + 32; ++i) {
           if (i / 4 * 8 + i % 2 >= seen[i % 4 / 2 * (kOwn - 1)]) s[i] = neg_inf<float>();
         }
       }
@@ -282,8 +194,6 @@ struct Attend {
   }
 
   __device__ void run() {
-    wait_queries(0);
-    prepare_queries(0, false);
     if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
@@ -297,15 +207,10 @@ struct Attend {
     start_logits(s, now);
     hopper::commit_products();  // in place of an output's
     while (true) {
-      // The next item's queries are made ready beside these products.
-      const bool last = step + 1 == tiles;
-      if (last) {
-        wait_queries(items);
-        prepare_queries(items, false);
-      }
+      const bool last = step + 1 == tiles, others = p.turns_queries && tile + 1 == window_tiles;
       hopper::wait_products<1>();
       finish_logits(s, now);
-      if (last) release(&shared.q_empty[(items - 1) % kQuerySets]);
+      release(&shared.q_empty[(sets - 1) % kQuerySets], last || others);
       const float2 shrink = absorb(s);
       // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
       __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
@@ -330,7 +235,7 @@ struct Attend {
       } else {
         ++step;
         tile += next_tile;
-        if (p.turns_queries && tile == window_tiles) prepare_queries(items - 1, true);
+        if (others) take_queries();
       }
       now = next_position();
       // The logits of one tile are computed while the weights of the one before it meet their values.
@@ -365,7 +270,7 @@ struct Attend {
       float sum = rows.total[i];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      rows.total[i] = sum > 0.0f ? 1.0f / sum : 0.0f;
+      rows.total[i] = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
       const uint32_t line = rows.line[i * (kOwn - 1)];
       if (p.lse && line != kNoLine && lane_id() % 4 == 0) {
         const float lse = sum > 0.0f ? peak[i] * p.logit_scale + logf(sum) : neg_inf<float>();
@@ -423,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   if (threadIdx.x == 0) {
     constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp;
     for (int set = 0; set < kQuerySets; ++set) {
-      hopper::init_barrier(&shared.q_full[set], Bring<T, D, Streams>::kQueryArrivals);
+      hopper::init_barrier(&shared.q_full[set], kBringers);
       hopper::init_barrier(&shared.q_empty[set], kWarps);
     }
     for (int stage = 0; stage < stages(D); ++stage) {

@@ -16,7 +16,7 @@ namespace coda::kernels::sm90::bounded {
 constexpr int kConsumers = 2;   // warpgroups
 constexpr int kBringers = 4;    // warps
 constexpr int kKeys = 128;      // of a tile
-constexpr int kQuerySets = 2;   // of this item and the next
+constexpr int kQuerySets = 2;   // of this item and the next; or as the window and as the bank meets them
 constexpr int kItems = 4;       // that a warp may be at while others are at another
 
 // Tiles of keys, and of values, in shared memory.
@@ -133,22 +133,21 @@ struct Place {
   bool odd_chunk;
 };
 
-constexpr int kThetas = 16;  // heads of a group whose angles of theta are kept
+constexpr int kThetas = 32;  // heads of a group whose angles are kept
 
-enum NamedBarrier { kQueries = 1 };  // the first of two, one for each warpgroup
+enum NamedBarrier { kTheta = 1 };
 
 template <class T, int D, int Streams>
 struct Shared {
   static constexpr int kStages = stages(D), kRows = item_rows(Streams);
-  // Angles of a head, a stride that puts neighbouring heads in different banks.
+  // Of the angles of a head, so that neighbouring heads are in different banks.
   static constexpr int kThetaStride = D / 2 + 8;
   // As products take them: with two streams eight rows in the first, then the same in the second.
   alignas(1024) T q[kQuerySets][kConsumers][64 * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  // Of the heads of a group, for each warpgroup.
-  alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kThetas * kThetaStride : 2];
-  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // that turn queries
+  alignas(16) Angle<float> theta[Streams == 2 ? kThetas * kThetaStride : 2];  // of the heads of a group
+  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // of the turn of queries towards the bank
   alignas(16) float lam[kItems][kRows];
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
