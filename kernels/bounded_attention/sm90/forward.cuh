@@ -25,7 +25,7 @@ struct Attend {
   struct Rows {
     uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
     float total[2];  // of this thread's columns; after the item's last tile, the inverse of all columns'
-    float lam;       // then
+    float ratio;     // then: see finish
   };
   static constexpr uint32_t kNoLine = 0xffffffffu;
   Rows rows;
@@ -94,33 +94,36 @@ struct Attend {
     return true;
   }
 
+  // Those of the bank begin with the slots' bias.
   __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
     hopper::wait(&shared.k_full[at.stage()], at.parity());
+    const bool bank = tile >= window_tiles;
+    if (bank) {
+      const float* bias = shared.bias[at.stage()] + lane_id() % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) {
+        const float2 b = *reinterpret_cast<const float2*>(bias + 8 * i);
+        s[4 * i] = s[4 * i + 2] = b.x;
+        s[4 * i + 1] = s[4 * i + 3] = b.y;
+      }
+      hopper::pin(s);
+    }
     const auto q = hopper::rows_descriptor(shared.q[(sets - 1) % kQuerySets][warpgroup]);
     const auto k = hopper::rows_descriptor(shared.k[at.stage()]);
     hopper::begin_products();
 #pragma unroll
     for (int block = 0; block < D / 16; ++block) {
-      hopper::multiply<T, 0, 0>(s, q + (block / 4 * 64 * 8 + block % 4 * 2), k + (block / 4 * kKeys * 8 + block % 4 * 2), block > 0);
+      hopper::multiply<T, 0, 0>(s, q + (block / 4 * 64 * 8 + block % 4 * 2), k + (block / 4 * kKeys * 8 + block % 4 * 2),
+                                bank || block > 0);
     }
     hopper::commit_products();
   }
 
-  // After the wait for them: adds the slots' bias, or takes away keys that a row does not see.
+  // After the wait for them: takes away keys that a row does not see.
   __device__ void finish_logits(float (&s)[kKeys / 2], Position at) {
     hopper::pin(s);
-    const int column = lane_id() % 4 * 2;
-    if (tile >= window_tiles) {
-      const float* bias = shared.bias[at.stage()] + column;
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-        const float2 b = *reinterpret_cast<const float2*>(bias + 8 * i);
-        s[4 * i] += b.x;
-        s[4 * i + 1] += b.y;
-        s[4 * i + 2] += b.x;
-        s[4 * i + 3] += b.y;
-      }
-    } else {
+    if (tile < window_tiles) {
+      const int column = lane_id() % 4 * 2;
       int seen[kOwn];  // from this thread's first column on
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - tile * kKeys - column;
@@ -263,56 +266,53 @@ struct Attend {
     }
   }
 
+  // After the item's last tile.
   __device__ void invert_totals() {
-    if (Streams == 2) rows.lam = shared.lam[(items - 1) % kItems][row0];
+    float sum[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = rows.total[i];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      rows.total[i] = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
+      sum[i] = rows.total[i];
+      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
+      rows.total[i] = sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
       const uint32_t line = rows.line[i * (kOwn - 1)];
       if (p.lse && line != kNoLine && lane_id() % 4 == 0) {
-        const float lse = sum > 0.0f ? peak[i] * p.logit_scale + logf(sum) : neg_inf<float>();
+        const float lse = sum[i] > 0.0f ? peak[i] * p.logit_scale + logf(sum[i]) : neg_inf<float>();
         static_cast<float*>(p.lse)[(Streams == 2 ? i * p.tokens * p.heads : 0) + line] = lse;
       }
     }
+    if (Streams == 2) rows.ratio = shared.lam[(items - 1) % kItems][row0] * rows.total[1] * sum[0];
   }
 
+  // y = scale (o1 - ratio o2) of what the products gave, where scale is the inverse total of the first stream and, under the norm, 1 / rms.
   __device__ void finish(const Rows& done) const {
-    const auto& inverse = done.total;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const uint32_t line = done.line[i];
       const auto of = [&](int row, int e) { return o[e / 2 * 4 + 2 * row + e % 2]; };
+      float scale = done.total[i];
       float y[D / 4];
-      if (Streams == 2) {
-        if (p.o2) store(p.o2, line, [&](int e) { return of(1, e) * inverse[1]; });
-        const float factor = inverse[1] * done.lam;
 #pragma unroll
-        for (int e = 0; e < D / 4; ++e) y[e] = fmaf(of(0, e), inverse[0], -(of(1, e) * factor));
-      } else {
-#pragma unroll
-        for (int e = 0; e < D / 4; ++e) y[e] = of(i, e) * inverse[i];
-      }
+      for (int e = 0; e < D / 4; ++e) y[e] = Streams == 2 ? fmaf(of(1, e), -done.ratio, of(0, e)) : of(i, e);
+      if (Streams == 2 && p.o2) store(p.o2, line, [&](int e) { return of(1, e) * done.total[1]; });
       if (p.norm_weight) {
-        if (p.diff) store(p.diff, line, [&](int e) { return y[e]; });
+        if (p.diff) store(p.diff, line, [&](int e) { return y[e] * scale; });
         float square[2] = {};
 #pragma unroll
         for (int e = 0; e < D / 4; ++e) square[e % 2] = fmaf(y[e], y[e], square[e % 2]);
         float sum = square[0] + square[1];
         sum += __shfl_xor_sync(kAllLanes, sum, 1);
         sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        const float rstd = rsqrtf(sum / D + p.eps);
+        scale *= rsqrtf(sum * scale * scale / D + p.eps);
         const float* weight = shared.norm_weight + lane_id() % 4 * 2;
 #pragma unroll
         for (int w = 0; w < D / 8; ++w) {
           const float2 by = *reinterpret_cast<const float2*>(weight + 8 * w);
-          y[2 * w] *= rstd * by.x;
-          y[2 * w + 1] *= rstd * by.y;
+          y[2 * w] *= by.x;
+          y[2 * w + 1] *= by.y;
         }
       }
-      store(p.y, line, [&](int e) { return y[e]; });
+      store(p.y, line, [&](int e) { return y[e] * scale; });
     }
   }
 };
