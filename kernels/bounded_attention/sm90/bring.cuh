@@ -22,7 +22,7 @@ __device__ inline Angle<float> angle_of_theta(float theta) {
   return {__cosf(x), __sinf(x)};
 }
 
-// One warp that brings: a quarter of the queries of each item, and of the rows of each tile of keys and values.
+// One warp that brings: a quarter of the queries of each item, or of the rows of each tile of keys and values.
 template <class T, int D, int Streams>
 struct Bring {
   using Memory = Shared<T, D, Streams>;
@@ -33,13 +33,174 @@ struct Bring {
   Memory& shared;
   const int warp;
   Place& place;
-  Ring<Memory::kStages> ring;
-  int tiles = 0, tiles_with_values = 0;  // that have been brought
-  int sets = 0;   // of queries
-  int theta_head = -1;
 
   __device__ Bring(const Arguments& arguments, Memory& memory, int n)
-      : p(arguments), shared(memory), warp(n), place(memory.place[n]) {}
+      : p(arguments), shared(memory), warp(n % kBringers), place(memory.place[n]) {}
+
+  template <int Rows>
+  __device__ static unsigned char* packet_of(T* tile, int row, int packet) {
+    return reinterpret_cast<unsigned char*>(tile) + packet / 8 * Rows * 128 + hopper::swizzled(row, packet % 8);
+  }
+
+  // Two packets of a row that are half a row apart, and so both elements of every plane of either pairing.
+  static constexpr int kParts = D / 16;  // lanes of a row
+  struct Planes {
+    float x[2][kPacket];
+    template <int Rows>
+    __device__ void load(T* tile, int row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_packet(x[i], reinterpret_cast<const T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)));
+    }
+    template <int Rows>
+    __device__ void store(T* tile, int row) const {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) store_packet(reinterpret_cast<T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)), x[i]);
+    }
+    __device__ static void turn_plane(float& a, float& b, Angle<float> by) {
+      const float turned = fmaf(a, by.cos, -(b * by.sin));
+      b = fmaf(a, by.sin, b * by.cos);
+      a = turned;
+    }
+    template <class AngleOf>
+    __device__ void turn(bool interleaved, AngleOf angle_of_pair) {
+      const int part = lane_id() % kParts;
+      if (interleaved) {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) {
+          turn_plane(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angle_of_pair(4 * part + i / 4 * (D / 4) + i % 4));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) turn_plane(x[0][i], x[1][i], angle_of_pair(8 * part + i));
+      }
+    }
+  };
+
+  // Copies belong to the generic proxy, and wgmma reads through the asynchronous one: each lane waits for its own and fences.
+  __device__ static void announce(uint64_t* full) {
+    hopper::fence_async_proxy();
+    __syncwarp();
+    if (lane_id() == 0) hopper::arrive(full);
+  }
+
+};
+
+template <class T, int D, int Streams>
+struct BringQueries : Bring<T, D, Streams> {
+  using Base = Bring<T, D, Streams>;
+  using typename Base::Memory;
+  using typename Base::Planes;
+  using Base::p, Base::shared, Base::warp, Base::place, Base::kPackets, Base::kRowsAtOnce, Base::kParts, Base::announce;
+  static constexpr int kShare = Memory::kRows / kBringers, kOfWarpgroup = Memory::kRows / kConsumers;
+  int sets = 0;
+  int theta_head = -1;
+
+  __device__ BringQueries(const Arguments& arguments, Memory& memory, int n) : Base(arguments, memory, n) {}
+
+  // The next set of queries: those of item number n, zeros past the end of the chunk, turned if for the bank, and R_theta of them. Also
+  // their lambdas and the angles of the turn; and what the item is, or that there is none.
+  __device__ void bring(int n, bool found, bool bank) {
+    const Item& item = place.item[0];
+    const int set = sets % kQuerySets;
+    hopper::wait(&shared.q_empty[set], sets / kQuerySets % 2 ^ 1);
+    if (found) {
+      const int packet = lane_id() % kPackets;
+#pragma unroll 1
+      for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
+        ampere::copy_packet(Base::template packet_of<64>(shared.q[set][i / kOfWarpgroup], product_row<Streams>(i % kOfWarpgroup), packet),
+                            static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
+      }
+      if (Streams == 2 && lane_id() < kShare) {
+        const int i = warp * kShare + lane_id();
+        ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i), item.row0 + i < item.rows);
+      }
+      if ((p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers) {
+        const int pair = warp * (D / 2 / kBringers) + lane_id();
+        shared.bank_angles[n % kItems][pair] =
+            angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), __ldg(p.inv_freq + pair)));
+      }
+      if (Streams == 2 && item.kv_head != theta_head && p.group <= kThetas) write_theta(item.kv_head);
+    }
+    if (warp == 0 && lane_id() == 0) {
+      shared.item[n % kItems] = item;
+      if (!found) shared.item[n % kItems].tiles = 0;
+    }
+    ampere::commit_copies();
+    // The angles of all four warps came with the item's first set.
+    if (bank) hopper::wait(&shared.q_full[(sets - 1) % kQuerySets], (sets - 1) / kQuerySets % 2);
+    ampere::wait_copies<0>();
+    __syncwarp();
+    if (found && (Streams == 2 || bank)) {
+#pragma unroll 1
+      for (int i = warp * kShare + lane_id() / kParts; i < (warp + 1) * kShare; i += kWarp / kParts) {
+        T* const tile = shared.q[set][i / kOfWarpgroup];
+        const int row = product_row<Streams>(i % kOfWarpgroup);
+        Planes x;
+        x.template load<64>(tile, row);
+        if (bank) {
+          const Angle<float>* angles = shared.bank_angles[n % kItems];
+          x.turn(p.rope_interleaved, [&](int pair) { return angles[pair]; });
+          x.template store<64>(tile, row);
+        }
+        if (Streams == 2) {
+          const int head = p.split(item.row0 + i).head;
+          if (p.group <= kThetas) {
+            const Angle<float>* angles = shared.theta + head * Memory::kThetaStride;
+            x.turn(p.theta_interleaved, [&](int pair) { return angles[pair]; });
+          } else {
+            const float* angles = static_cast<const float*>(p.theta) + (item.kv_head * p.group + head) * (D / 2);
+            x.turn(p.theta_interleaved, [&](int pair) { return angle_of_theta(__ldg(angles + pair)); });
+          }
+          x.template store<64>(tile, row + 8);
+        }
+      }
+    }
+    announce(&shared.q_full[set]);
+    ++sets;
+  }
+
+  // By all warps that bring queries, when they come to another KV head.
+  __device__ void write_theta(int kv_head) {
+    theta_head = kv_head;
+    hopper::sync_threads(kTheta, kBringers * kWarp);
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < p.group * (D / 2); i += kBringers * kWarp) {
+      shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] =
+          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + kv_head * p.group * (D / 2) + i));
+    }
+    hopper::sync_threads(kTheta, kBringers * kWarp);
+  }
+
+  // Of row i of an item. Past the end of the chunk it is never read.
+  __device__ int64_t line_of(const Item& item, int i) const {
+    const auto at = p.split(item.row0 + i);
+    return item.line0 + static_cast<uint32_t>(at.token * p.heads + at.head);
+  }
+
+  __device__ void run() {
+    start_items(p, place);
+    bool found = true, follows = false;
+#pragma unroll 1
+    for (int n = 0; found; ++n) {
+      found = find_item(p, place, Memory::kRows, place.item[0], follows);
+      follows = place.item[0].followed;
+#pragma unroll 1
+      for (int bank = 0; bank <= (found && p.turns_queries); ++bank) bring(n, found, bank);
+    }
+  }
+};
+
+// Keys, and a tile behind them values.
+template <class T, int D, int Streams>
+struct BringKeys : Bring<T, D, Streams> {
+  using Base = Bring<T, D, Streams>;
+  using typename Base::Memory;
+  using typename Base::Planes;
+  using Base::p, Base::shared, Base::warp, Base::place, Base::kPackets, Base::kRowsAtOnce, Base::kParts, Base::announce;
+  KnownRows& known;
+  Ring<Memory::kStages> ring;
+  int tiles = 0, tiles_with_values = 0;  // that have been brought
+
+  __device__ BringKeys(const Arguments& arguments, Memory& memory, int n) : Base(arguments, memory, n), known(memory.known[n]) {}
 
   __device__ static BankRow no_row() { return {nullptr, nullptr, neg_inf<float>()}; }
   __device__ static BankRow row_at(const void* keys, const void* values, int64_t row) {
@@ -84,132 +245,6 @@ struct Bring {
                      : row_at(p.k, p.v, token_row(item, token));
   }
 
-  template <int Rows>
-  __device__ static unsigned char* packet_of(T* tile, int row, int packet) {
-    return reinterpret_cast<unsigned char*>(tile) + packet / 8 * Rows * 128 + hopper::swizzled(row, packet % 8);
-  }
-
-  // Begins the next set of queries: this warp's share of those of item number n, zeros past the end of the chunk. Also of their lambdas
-  // and of the angles that turn them towards the bank; and what the item is, or that there is none.
-  static constexpr int kShare = Memory::kRows / kBringers, kOfWarpgroup = Memory::kRows / kConsumers;
-  __device__ void start_queries(int n, bool found) {
-    const Item& item = place.item[n & 1];
-    const int set = sets % kQuerySets;
-    hopper::wait(&shared.q_empty[set], sets / kQuerySets % 2 ^ 1);
-    if (found) {
-      const int packet = lane_id() % kPackets;
-#pragma unroll 1
-      for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
-        ampere::copy_packet(packet_of<64>(shared.q[set][i / kOfWarpgroup], product_row<Streams>(i % kOfWarpgroup), packet),
-                            static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
-      }
-      if (Streams == 2 && lane_id() < kShare) {
-        const int i = warp * kShare + lane_id();
-        ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i), item.row0 + i < item.rows);
-      }
-      if ((p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers) {
-        const int pair = warp * (D / 2 / kBringers) + lane_id();
-        shared.bank_angles[n % kItems][pair] =
-            angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), __ldg(p.inv_freq + pair)));
-      }
-    }
-    if (warp == 0 && lane_id() == 0) {
-      shared.item[n % kItems] = item;
-      if (!found) shared.item[n % kItems].tiles = 0;
-    }
-    ampere::commit_copies();
-  }
-
-  // Turns them, if for the bank, and adds the second stream.
-  __device__ void finish_queries(int n, bool found, bool bank) {
-    const int set = sets % kQuerySets;
-    if (bank) wait_angles();
-    ampere::wait_copies<0>();
-    __syncwarp();
-    if (found && (Streams == 2 || bank)) {
-      const Item& item = place.item[n & 1];
-      if (Streams == 2 && item.kv_head != theta_head && p.group <= kThetas) write_theta(item.kv_head);
-#pragma unroll 1
-      for (int i = warp * kShare + lane_id() / kParts; i < (warp + 1) * kShare; i += kWarp / kParts) {
-        T* const tile = shared.q[set][i / kOfWarpgroup];
-        const int row = product_row<Streams>(i % kOfWarpgroup);
-        Planes x;
-        x.template load<64>(tile, row);
-        if (bank) {
-          const Angle<float>* angles = shared.bank_angles[n % kItems];
-          x.turn(p.rope_interleaved, [&](int pair) { return angles[pair]; });
-          x.template store<64>(tile, row);
-        }
-        if (Streams == 2) {
-          const int head = p.split(item.row0 + i).head;
-          if (p.group <= kThetas) {
-            const Angle<float>* angles = shared.theta + head * Memory::kThetaStride;
-            x.turn(p.theta_interleaved, [&](int pair) { return angles[pair]; });
-          } else {
-            const float* angles = static_cast<const float*>(p.theta) + (item.kv_head * p.group + head) * (D / 2);
-            x.turn(p.theta_interleaved, [&](int pair) { return angle_of_theta(__ldg(angles + pair)); });
-          }
-          x.template store<64>(tile, row + 8);
-        }
-      }
-    }
-    announce(&shared.q_full[set]);
-    ++sets;
-  }
-  // Of the item whose first queries were finished last: all four warps have written theirs.
-  __device__ void wait_angles() { hopper::wait(&shared.q_full[(sets - 1) % kQuerySets], (sets - 1) / kQuerySets % 2); }
-
-  // By all warps that bring, when they come to another KV head.
-  __device__ void write_theta(int kv_head) {
-    theta_head = kv_head;
-    hopper::sync_threads(kTheta, kBringers * kWarp);
-    for (int i = threadIdx.x; i < p.group * (D / 2); i += kBringers * kWarp) {
-      shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] =
-          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + kv_head * p.group * (D / 2) + i));
-    }
-    hopper::sync_threads(kTheta, kBringers * kWarp);
-  }
-
-  // Of row i of an item. Past the end of the chunk it is never read.
-  __device__ int64_t line_of(const Item& item, int i) const {
-    const auto at = p.split(item.row0 + i);
-    return item.line0 + static_cast<uint32_t>(at.token * p.heads + at.head);
-  }
-
-  // Two packets of a row that are half a row apart, and so both elements of every plane of either pairing.
-  static constexpr int kParts = D / 16;  // lanes of a row
-  struct Planes {
-    float x[2][kPacket];
-    template <int Rows>
-    __device__ void load(T* tile, int row) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) load_packet(x[i], reinterpret_cast<const T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)));
-    }
-    template <int Rows>
-    __device__ void store(T* tile, int row) const {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) store_packet(reinterpret_cast<T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)), x[i]);
-    }
-    __device__ static void turn_plane(float& a, float& b, Angle<float> by) {
-      const float turned = fmaf(a, by.cos, -(b * by.sin));
-      b = fmaf(a, by.sin, b * by.cos);
-      a = turned;
-    }
-    template <class AngleOf>
-    __device__ void turn(bool interleaved, AngleOf angle_of_pair) {
-      const int part = lane_id() % kParts;
-      if (interleaved) {
-#pragma unroll
-        for (int i = 0; i < kPacket; ++i) {
-          turn_plane(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angle_of_pair(4 * part + i / 4 * (D / 4) + i % 4));
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPacket; ++i) turn_plane(x[0][i], x[1][i], angle_of_pair(8 * part + i));
-      }
-    }
-  };
-
   // Of 32 rows of the tile each lane has one.
   __device__ void copy_rows(T* tile, const T* mine) const {
     const int packet = lane_id() % kPackets;
@@ -220,7 +255,7 @@ struct Bring {
       for (int j = 0; j < kCopies; ++j) {
         const int i = j * kRowsAtOnce + lane_id() / kPackets;
         const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(mine), eight + i));
-        ampere::copy_packet(packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket, row != nullptr);
+        ampere::copy_packet(Base::template packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket, row != nullptr);
       }
     }
     ampere::commit_copies();
@@ -255,13 +290,6 @@ struct Bring {
     __syncwarp();
   }
 
-  // Copies belong to the generic proxy, and wgmma reads through the asynchronous one: each lane waits for its own and fences.
-  __device__ static void announce(uint64_t* full) {
-    hopper::fence_async_proxy();
-    __syncwarp();
-    if (lane_id() == 0) hopper::arrive(full);
-  }
-
   __device__ void bring_keys(int n, const Item& item, int tile) {
     const int stage = ring.stage;
     const uint32_t parity = ring.parity() ^ 1;
@@ -279,10 +307,10 @@ struct Bring {
     if (!bank) {
       row = window_row(item, key0 + mine);
     } else if (key0 == 0) {
-      const BankRow& known = place.bank[item.odd_chunk][lane_id()];
-      row.key = known.key;
-      row.value = known.value;
-      row.bias = known.bias;
+      const BankRow& at = known.bank[item.odd_chunk][lane_id()];
+      row.key = at.key;
+      row.value = at.value;
+      row.bias = at.bias;
     } else {
       row = bank_row(item, key0 + mine);
     }
@@ -290,15 +318,15 @@ struct Bring {
     if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
     copy_rows(shared.k[stage], static_cast<const T*>(row.key));
     if (bank && p.turns_keys) {
-      wait_angles();
+      hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);  // and with it the angles
       turn_keys(shared.k[stage], n);
     }
     announce(&shared.k_full[stage]);
     remember({stage, parity, item.kv_head, -1}, row.value);
   }
   __device__ void remember(const PendingTile& tile, const void* row) {
-    place.pending[tiles & 1] = tile;
-    place.pending_row[tiles & 1][lane_id()] = row;
+    known.pending[tiles & 1] = tile;
+    known.pending_row[tiles & 1][lane_id()] = row;
     __syncwarp();
     ++tiles;
   }
@@ -306,12 +334,12 @@ struct Bring {
   __device__ void bring_values(int end) {
     while (tiles_with_values < end) {
       const int slot = tiles_with_values++ & 1;
-      const PendingTile& tile = place.pending[slot];
+      const PendingTile& tile = known.pending[slot];
       hopper::wait(&shared.v_empty[tile.stage], tile.parity);
       if (tile.token >= 0) {
         load_tile(shared.v[tile.stage], p.v_map, &shared.v_full[tile.stage], tile.kv_head, tile.token);
       } else {
-        copy_rows(shared.v[tile.stage], static_cast<const T*>(place.pending_row[slot][lane_id()]));
+        copy_rows(shared.v[tile.stage], static_cast<const T*>(known.pending_row[slot][lane_id()]));
         announce(&shared.v_full[tile.stage]);
       }
     }
@@ -322,7 +350,7 @@ struct Bring {
     const Item& item = place.item[n % 2];
     // Known before their tile has a stage.
     if (found && !item.follows && item.tiles > item.window_tiles) {
-      place.bank[item.odd_chunk][lane_id()] = bank_row(item, warp * kWarp + lane_id());
+      known.bank[item.odd_chunk][lane_id()] = bank_row(item, warp * kWarp + lane_id());
     }
     return found;
   }
@@ -334,21 +362,11 @@ struct Bring {
     }
     start_items(p, place);
     bool found = false;
-    // Item number n; beside its first keys, or before them all, the queries of the next are begun.
+    // Item number n; beside its first keys, or before them all, the rows of the next one's are found.
 #pragma unroll 1
-    for (int n = -1;; ++n) {
+    for (int n = -1; n < 0 || found; ++n) {
       const Item& item = place.item[n & 1];
-      if (n >= 0) {
-        if (!found) bring_values(tiles);
-        if (p.turns_queries) start_queries(n, found);
-        finish_queries(n, found, false);
-        if (!found) break;
-        if (p.turns_queries) {
-          start_queries(n, found);
-          finish_queries(n, found, true);
-        }
-        ring.begin(item.follows);
-      }
+      if (n >= 0) ring.begin(item.follows);
       const int steps = n < 0 ? 1 : item.tiles;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -359,13 +377,10 @@ struct Bring {
           bring_keys(n, item, item.backwards ? item.tiles - 1 - step : step);
           bring_values(tiles - 1);
         }
-        if (step == 0) {
-          found = find_next(n + 1, n >= 0 && item.followed);
-          if (!p.turns_queries) start_queries(n + 1, found);
-        }
+        if (step == 0) found = find_next(n + 1, n >= 0 && item.followed);
       }
       // What follows finds its first keys there, and waits for nothing else.
-      if (n >= 0 && item.followed) bring_values(tiles);
+      if (n >= 0 && (item.followed || !found)) bring_values(tiles);
     }
   }
 };

@@ -317,7 +317,7 @@ struct Attend {
   }
 };
 
-constexpr int kThreads = hopper::kWarpgroup * (1 + kConsumers);
+constexpr int kThreads = hopper::kWarpgroup * (2 + kConsumers);
 
 template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Arguments p) {
@@ -343,11 +343,14 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   __syncthreads();
   // 512 registers of four threads, one of each warp of a scheduler.
   if (warpgroup == 0) {
-    hopper::lower_registers<56>();
-    Bring<T, D, Streams>(p, shared, warp_id()).run();
+    hopper::lower_registers<48>();
+    BringKeys<T, D, Streams>(p, shared, warp_id()).run();
+  } else if (warpgroup == 1) {
+    hopper::lower_registers<48>();
+    BringQueries<T, D, Streams>(p, shared, warp_id()).run();
   } else {
-    hopper::raise_registers<224>();
-    Attend<T, D, Streams>(p, shared, warpgroup - 1).run();
+    hopper::raise_registers<208>();
+    Attend<T, D, Streams>(p, shared, warpgroup - 2).run();
   }
 }
 

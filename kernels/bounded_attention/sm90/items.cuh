@@ -14,7 +14,7 @@
 namespace coda::kernels::sm90::bounded {
 
 constexpr int kConsumers = 2;   // warpgroups
-constexpr int kBringers = 4;    // warps
+constexpr int kBringers = 4;    // warps for keys and values, and as many for queries
 constexpr int kKeys = 128;      // of a tile
 constexpr int kQuerySets = 2;   // of this item and the next; or as the window and as the bank meets them
 constexpr int kItems = 4;       // that a warp may be at while others are at another
@@ -115,10 +115,7 @@ struct PendingTile {
 
 // What a warp that brings keeps in shared memory: such warps have few registers.
 struct Place {
-  Item item[2];               // this one, and the next, whose queries come before the last keys of this one
-  BankRow bank[2][kWarp];     // of their first tiles of the bank
-  PendingTile pending[2];
-  const void* pending_row[2][kWarp];
+  Item item[2];               // this one and the next
   int next;                   // first chunk row of the next sequence
   int length;                 // new tokens of this one
   int row0_of_sequence;       // its first chunk row
@@ -131,6 +128,13 @@ struct Place {
   int kv_head, snapshot, row_tile;  // of the next item
   unsigned left;                    // items from there on
   bool odd_chunk;
+};
+
+// Likewise, of keys.
+struct KnownRows {
+  BankRow bank[2][kWarp];  // of the first tiles of two items' banks
+  PendingTile pending[2];
+  const void* pending_row[2][kWarp];
 };
 
 constexpr int kThetas = 32;  // heads of a group whose angles are kept
@@ -152,7 +156,8 @@ struct Shared {
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
   Item item[kItems];
-  Place place[kBringers];
+  Place place[2 * kBringers];
+  KnownRows known[kBringers];
   uint64_t q_full[kQuerySets], q_empty[kQuerySets];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
