@@ -16,13 +16,7 @@ __device__ inline Angle<float> angle_of_phase(double phase) {
 // Absolute errors of 2^-21, which in a logit are far below what rounding its operands costs.
 __device__ inline float log_sigmoid_approximate(float z) { return fminf(z, 0.0f) - __logf(1.0f + __expf(-fabsf(z))); }
 
-__device__ inline Angle<float> angle_of_theta(float theta) {
-  const float turns = rintf(theta * 0.15915494f);
-  const float x = fmaf(turns, 1.7484555e-7f, fmaf(turns, -6.2831855f, theta));
-  return {__cosf(x), __sinf(x)};
-}
-
-// One warp that brings: a quarter of the queries of each item, or of the rows of each tile of keys and values.
+// One warp that brings: a quarter of the queries of each item, and of the rows of each tile of keys and values.
 template <class T, int D, int Streams>
 struct Bring {
   using Memory = Shared<T, D, Streams>;
@@ -33,81 +27,76 @@ struct Bring {
   Memory& shared;
   const int warp;
   Place& place;
+  Ring<Memory::kStages> ring;
 
   __device__ Bring(const Arguments& arguments, Memory& memory, int n)
-      : p(arguments), shared(memory), warp(n % kBringers), place(memory.place[n]) {}
+      : p(arguments), shared(memory), warp(n), place(memory.place[n]) {}
+
+  // Where a key and its value are; zeros where null.
+  struct Row {
+    const T* key = nullptr;
+    const T* value = nullptr;
+    float bias = neg_inf<float>();
+  };
+  __device__ Row row_at(const void* keys, const void* values, int64_t row) const {
+    return {static_cast<const T*>(keys) + row * D, static_cast<const T*>(values) + row * D, 0.0f};
+  }
+  // Rows of (N, Hkv, W + Me) and (T, Hkv).
+  __device__ int64_t state_row(const Item& item, int slot) const {
+    return static_cast<int64_t>(item.sequence * p.kv_heads + item.kv_head) * (p.window + p.exact_slots) + slot;
+  }
+  __device__ int64_t token_row(const Item& item, int token) const {
+    return static_cast<int64_t>(item.token0 + token) * p.kv_heads + item.kv_head;
+  }
+
+  __device__ Row bank_row(const Item& item, int slot) const {
+    if (slot < p.exact_slots) {
+      const int gate_group = p.gate_groups == 1 ? 0 : item.kv_head, held = p.window + p.exact_slots;
+      const int source = __ldg(p.index + static_cast<int64_t>(item.snapshot * p.gate_groups + gate_group) * p.exact_slots + slot);
+      if (source < 0) return {};
+      const int token = source - held;
+      Row row = token < 0 ? row_at(p.state_kbar, p.state_v, state_row(item, source)) : row_at(p.kbar, p.v, token_row(item, token));
+      if (p.gate_bias && slot >= p.num_sinks) {
+        row.bias = log_sigmoid_approximate(
+            token < 0 ? static_cast<const float*>(p.state_gate)[(item.sequence * p.gate_groups + gate_group) * held + source]
+                      : static_cast<const float*>(p.gate)[static_cast<int64_t>(item.token0 + token) * p.gate_groups + gate_group]);
+      }
+      return row;
+    }
+    slot -= p.exact_slots;
+    if (slot >= p.summary_slots) return {};
+    const float mass = static_cast<const float*>(p.summary_mass)[item.snapshot * p.summary_slots + slot];
+    if (!(mass > 0.0f)) return {};
+    const T* keys = static_cast<const T*>(p.summary_rounded);
+    Row row = row_at(keys, keys + p.summary_rows * D,
+                     static_cast<int64_t>(item.snapshot * p.kv_heads + item.kv_head) * p.summary_slots + slot);
+    if (p.mass_bias) row.bias = __logf(mass);
+    return row;
+  }
+  __device__ Row window_row(const Item& item, int key) const {
+    if (key >= item.keys) return {};
+    const int token = item.window_begin + key, slot = item.ring_begin + key;
+    return token < 0 ? row_at(p.state_k, p.state_v, state_row(item, slot < p.window ? slot : slot - p.window))
+                     : row_at(p.k, p.v, token_row(item, token));
+  }
 
   template <int Rows>
   __device__ static unsigned char* packet_of(T* tile, int row, int packet) {
     return reinterpret_cast<unsigned char*>(tile) + packet / 8 * Rows * 128 + hopper::swizzled(row, packet % 8);
   }
 
-  // Two packets of a row that are half a row apart, and so both elements of every plane of either pairing.
-  static constexpr int kParts = D / 16;  // lanes of a row
-  struct Planes {
-    float x[2][kPacket];
-    template <int Rows>
-    __device__ void load(T* tile, int row) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) load_packet(x[i], reinterpret_cast<const T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)));
-    }
-    template <int Rows>
-    __device__ void store(T* tile, int row) const {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) store_packet(reinterpret_cast<T*>(packet_of<Rows>(tile, row, lane_id() % kParts + i * kParts)), x[i]);
-    }
-    __device__ static void turn_plane(float& a, float& b, Angle<float> by) {
-      const float turned = fmaf(a, by.cos, -(b * by.sin));
-      b = fmaf(a, by.sin, b * by.cos);
-      a = turned;
-    }
-    template <class AngleOf>
-    __device__ void turn(bool interleaved, AngleOf angle_of_pair) {
-      const int part = lane_id() % kParts;
-      if (interleaved) {
-#pragma unroll
-        for (int i = 0; i < kPacket; ++i) {
-          turn_plane(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angle_of_pair(4 * part + i / 4 * (D / 4) + i % 4));
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPacket; ++i) turn_plane(x[0][i], x[1][i], angle_of_pair(8 * part + i));
-      }
-    }
-  };
-
-  // Copies belong to the generic proxy, and wgmma reads through the asynchronous one: each lane waits for its own and fences.
-  __device__ static void announce(uint64_t* full) {
-    hopper::fence_async_proxy();
-    __syncwarp();
-    if (lane_id() == 0) hopper::arrive(full);
-  }
-
-};
-
-template <class T, int D, int Streams>
-struct BringQueries : Bring<T, D, Streams> {
-  using Base = Bring<T, D, Streams>;
-  using typename Base::Memory;
-  using typename Base::Planes;
-  using Base::p, Base::shared, Base::warp, Base::place, Base::kPackets, Base::kRowsAtOnce, Base::kParts, Base::announce;
-  static constexpr int kShare = Memory::kRows / kBringers, kOfWarpgroup = Memory::kRows / kConsumers;
-  int sets = 0;
-  int theta_head = -1;
-
-  __device__ BringQueries(const Arguments& arguments, Memory& memory, int n) : Base(arguments, memory, n) {}
-
-  // The next set of queries: those of item number n, zeros past the end of the chunk, turned if for the bank, and R_theta of them. Also
-  // their lambdas and the angles of the turn; and what the item is, or that there is none.
-  __device__ void bring(int n, bool found, bool bank) {
-    const Item& item = place.item[0];
-    const int set = sets % kQuerySets;
-    hopper::wait(&shared.q_empty[set], sets / kQuerySets % 2 ^ 1);
+  // This warp's share of the queries of the n-th item and of their lambdas, zeros past the end of the chunk; of the angles that turn them
+  // towards the bank; and what the item is, or that there is none. These copies announce themselves when they are complete.
+  __device__ void bring_queries(int n, bool found) {
+    const Item& item = place.item[n % 2];
+    const int set = n % kQuerySets;
+    hopper::wait(&shared.q_empty[set], n / kQuerySets % 2 ^ 1);
     if (found) {
+      constexpr int kShare = Memory::kRows / kBringers;
       const int packet = lane_id() % kPackets;
 #pragma unroll 1
       for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
-        ampere::copy_packet(Base::template packet_of<64>(shared.q[set][i / kOfWarpgroup], product_row<Streams>(i % kOfWarpgroup), packet),
+        ampere::copy_packet(packet_of<Memory::kRows>(shared.q[set], i, packet),
                             static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
       }
       if (Streams == 2 && lane_id() < kShare) {
@@ -119,55 +108,12 @@ struct BringQueries : Bring<T, D, Streams> {
         shared.bank_angles[n % kItems][pair] =
             angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), __ldg(p.inv_freq + pair)));
       }
-      if (Streams == 2 && item.kv_head != theta_head && p.group <= kThetas) write_theta(item.kv_head);
     }
     if (warp == 0 && lane_id() == 0) {
       shared.item[n % kItems] = item;
       if (!found) shared.item[n % kItems].tiles = 0;
     }
-    ampere::commit_copies();
-    // The angles of all four warps came with the item's first set.
-    if (bank) hopper::wait(&shared.q_full[(sets - 1) % kQuerySets], (sets - 1) / kQuerySets % 2);
-    ampere::wait_copies<0>();
-    __syncwarp();
-    if (found && (Streams == 2 || bank)) {
-#pragma unroll 1
-      for (int i = warp * kShare + lane_id() / kParts; i < (warp + 1) * kShare; i += kWarp / kParts) {
-        T* const tile = shared.q[set][i / kOfWarpgroup];
-        const int row = product_row<Streams>(i % kOfWarpgroup);
-        Planes x;
-        x.template load<64>(tile, row);
-        if (bank) {
-          const Angle<float>* angles = shared.bank_angles[n % kItems];
-          x.turn(p.rope_interleaved, [&](int pair) { return angles[pair]; });
-          x.template store<64>(tile, row);
-        }
-        if (Streams == 2) {
-          const int head = p.split(item.row0 + i).head;
-          if (p.group <= kThetas) {
-            const Angle<float>* angles = shared.theta + head * Memory::kThetaStride;
-            x.turn(p.theta_interleaved, [&](int pair) { return angles[pair]; });
-          } else {
-            const float* angles = static_cast<const float*>(p.theta) + (item.kv_head * p.group + head) * (D / 2);
-            x.turn(p.theta_interleaved, [&](int pair) { return angle_of_theta(__ldg(angles + pair)); });
-          }
-          x.template store<64>(tile, row + 8);
-        }
-      }
-    }
     announce(&shared.q_full[set]);
-    ++sets;
-  }
-
-  // By all warps that bring queries, when they come to another KV head.
-  __device__ void write_theta(int kv_head) {
-    theta_head = kv_head;
-    hopper::sync_threads(kTheta, kBringers * kWarp);
-    for (int i = threadIdx.x % hopper::kWarpgroup; i < p.group * (D / 2); i += kBringers * kWarp) {
-      shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] =
-          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + kv_head * p.group * (D / 2) + i));
-    }
-    hopper::sync_threads(kTheta, kBringers * kWarp);
   }
 
   // Of row i of an item. Past the end of the chunk it is never read.
@@ -176,73 +122,12 @@ struct BringQueries : Bring<T, D, Streams> {
     return item.line0 + static_cast<uint32_t>(at.token * p.heads + at.head);
   }
 
-  __device__ void run() {
-    start_items(p, place);
-    bool found = true, follows = false;
-#pragma unroll 1
-    for (int n = 0; found; ++n) {
-      found = find_item(p, place, Memory::kRows, place.item[0], follows);
-      follows = place.item[0].followed;
-#pragma unroll 1
-      for (int bank = 0; bank <= (found && p.turns_queries); ++bank) bring(n, found, bank);
-    }
-  }
-};
-
-// Keys, and a tile behind them values.
-template <class T, int D, int Streams>
-struct BringKeys : Bring<T, D, Streams> {
-  using Base = Bring<T, D, Streams>;
-  using typename Base::Memory;
-  using typename Base::Planes;
-  using Base::p, Base::shared, Base::warp, Base::place, Base::kPackets, Base::kRowsAtOnce, Base::kParts, Base::announce;
-  KnownRows& known;
-  Ring<Memory::kStages> ring;
-  int tiles = 0, tiles_with_values = 0;  // that have been brought
-
-  __device__ BringKeys(const Arguments& arguments, Memory& memory, int n) : Base(arguments, memory, n), known(memory.known[n]) {}
-
-  __device__ static BankRow no_row() { return {nullptr, nullptr, neg_inf<float>()}; }
-  __device__ static BankRow row_at(const void* keys, const void* values, int64_t row) {
-    return {static_cast<const T*>(keys) + row * D, static_cast<const T*>(values) + row * D, 0.0f};
-  }
-  // Rows of (N, Hkv, W + Me) and (T, Hkv).
-  __device__ int64_t state_row(const Item& item, int slot) const {
-    return static_cast<int64_t>(item.sequence * p.kv_heads + item.kv_head) * (p.window + p.exact_slots) + slot;
-  }
-  __device__ int64_t token_row(const Item& item, int token) const {
-    return static_cast<int64_t>(item.token0 + token) * p.kv_heads + item.kv_head;
-  }
-
-  __device__ BankRow bank_row(const Item& item, int slot) const {
-    if (slot < p.exact_slots) {
-      const int gate_group = p.gate_groups == 1 ? 0 : item.kv_head, held = p.window + p.exact_slots;
-      const int source = __ldg(p.index + static_cast<int64_t>(item.snapshot * p.gate_groups + gate_group) * p.exact_slots + slot);
-      if (source < 0) return no_row();
-      const int token = source - held;
-      BankRow row = token < 0 ? row_at(p.state_kbar, p.state_v, state_row(item, source)) : row_at(p.kbar, p.v, token_row(item, token));
-      if (p.gate_bias && slot >= p.num_sinks) {
-        row.bias = log_sigmoid_approximate(
-            token < 0 ? static_cast<const float*>(p.state_gate)[(item.sequence * p.gate_groups + gate_group) * held + source]
-                      : static_cast<const float*>(p.gate)[static_cast<int64_t>(item.token0 + token) * p.gate_groups + gate_group]);
-      }
-      return row;
-    }
-    slot -= p.exact_slots;
-    if (slot >= p.summary_slots) return no_row();
-    const float mass = static_cast<const float*>(p.summary_mass)[item.snapshot * p.summary_slots + slot];
-    if (!(mass > 0.0f)) return no_row();
-    const T* keys = static_cast<const T*>(p.summary_rounded);
-    BankRow row = row_at(keys, keys + p.summary_rows * D,
-                     static_cast<int64_t>(item.snapshot * p.kv_heads + item.kv_head) * p.summary_slots + slot);
-    if (p.mass_bias) row.bias = __logf(mass);
-    return row;
-  }
-  __device__ BankRow window_row(const Item& item, int key) const {
-    if (key >= item.keys) return no_row();
-    const int token = item.window_begin + key, slot = item.ring_begin + key;
-    return token < 0 ? row_at(p.state_k, p.state_v, state_row(item, slot < p.window ? slot : slot - p.window))
-                     : row_at(p.k, p.v, token_row(item, token));
+  // What the warp has written is complete, once its copies are: nothing here waits for them.
+  static constexpr int kArrivals = kBringers * (kWarp + 1);
+  __device__ static void announce(uint64_t* full) {
+    ampere::arrive_after_copies(full);
+    __syncwarp();
+    if (lane_id() == 0) hopper::arrive(full);
   }
 
   // Of 32 rows of the tile each lane has one.
@@ -255,42 +140,57 @@ struct BringKeys : Bring<T, D, Streams> {
       for (int j = 0; j < kCopies; ++j) {
         const int i = j * kRowsAtOnce + lane_id() / kPackets;
         const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(mine), eight + i));
-        ampere::copy_packet(Base::template packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket, row != nullptr);
+        ampere::copy_packet(packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket, row != nullptr);
       }
     }
-    ampere::commit_copies();
-    ampere::wait_copies<0>();
-    __syncwarp();
   }
 
-  // This warp's rows of a tile of item number n's bank, in place: q . R(-a) k = (R(a) q) . k.
+  // This warp's rows of a tile of the n-th item's bank, in place: q . R(-a) k = (R(a) q) . k. A lane has two packets of a row that are
+  // half a row apart, and so both elements of every plane of either pairing.
   __device__ void turn_keys(T* tile, int n) const {
-    const Angle<float>* angles = shared.bank_angles[n % kItems];
+    constexpr int kParts = D / 16;
+    const int part = lane_id() % kParts;
+    hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);  // and with it the angles of all warps
+    const Angle<float>* angles = shared.bank_angles[n % kItems] + (p.rope_interleaved ? 4 : 8) * part;
 #pragma unroll 1
     for (int row = warp * kWarp + lane_id() / kParts; row < (warp + 1) * kWarp; row += kWarp / kParts) {
-      Planes x;
-      x.template load<kKeys>(tile, row);
-      x.turn(p.rope_interleaved, [&](int pair) { return Angle<float>{angles[pair].cos, -angles[pair].sin}; });
-      x.template store<kKeys>(tile, row);
+      uint4* const at[2] = {reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part)),
+                            reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part + kParts))};
+      float x[2][kPacket];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_packet(x[i], reinterpret_cast<const T*>(at[i]));
+      const auto turn_back = [](float& a, float& b, Angle<float> by) {
+        const float turned = fmaf(a, by.cos, b * by.sin);
+        b = fmaf(b, by.cos, -(a * by.sin));
+        a = turned;
+      };
+      if (p.rope_interleaved) {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) turn_back(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angles[i / 4 * (D / 4) + i % 4]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPacket; ++i) turn_back(x[0][i], x[1][i], angles[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) store_packet(reinterpret_cast<T*>(at[i]), x[i]);
     }
   }
 
   // By the copy engine, from token `token` on over all sequences.
-  __device__ void load_tile(T* tile, const CUtensorMap& map, uint64_t* full, int kv_head, int token) {
+  __device__ void load_tile(T* tile, const CUtensorMap& map, uint64_t* full, const Item& item, uint32_t token) {
     if (lane_id() == 0) {
       if (warp == 0) {
-        hopper::arrive_expect(full, kKeys * D * sizeof(T));
+        hopper::expect(full, kKeys * D * sizeof(T));
         for (int panel = 0; panel < D / 64; ++panel) {
-          hopper::load_box(tile + panel * kKeys * 64, &map, full, panel * 64, kv_head, token, 0);
+          hopper::load_box(tile + panel * kKeys * 64, &map, full, panel * 64, item.kv_head, static_cast<int>(token), 0);
         }
-      } else {
-        hopper::arrive(full);
       }
+      hopper::arrive(full, kWarp + 1);
     }
     __syncwarp();
   }
 
-  __device__ void bring_keys(int n, const Item& item, int tile) {
+  __device__ void bring_tile(int n, const Item& item, int tile) {
     const int stage = ring.stage;
     const uint32_t parity = ring.parity() ^ 1;
     const bool bank = tile >= item.window_tiles;
@@ -298,61 +198,26 @@ struct BringKeys : Bring<T, D, Streams> {
     // The copy engine brings what lies wholly in the chunk and the tokens before it.
     if (!bank && token >= 0 && token + kKeys <= item.chunk_end) {
       hopper::wait(&shared.k_empty[stage], parity);
-      load_tile(shared.k[stage], p.k_map, &shared.k_full[stage], item.kv_head, static_cast<int>(item.token0) + token);
-      remember({stage, parity, item.kv_head, static_cast<int>(item.token0) + token}, nullptr);
+      load_tile(shared.k[stage], p.k_map, &shared.k_full[stage], item, item.token0 + token);
+      hopper::wait(&shared.v_empty[stage], parity);
+      load_tile(shared.v[stage], p.v_map, &shared.v_full[stage], item, item.token0 + token);
       return;
     }
     const int mine = warp * kWarp + lane_id();
-    BankRow row;
-    if (!bank) {
-      row = window_row(item, key0 + mine);
-    } else if (key0 == 0) {
-      const BankRow& at = known.bank[item.odd_chunk][lane_id()];
-      row.key = at.key;
-      row.value = at.value;
-      row.bias = at.bias;
-    } else {
-      row = bank_row(item, key0 + mine);
-    }
+    const Row row = bank ? bank_row(item, key0 + mine) : window_row(item, key0 + mine);
     hopper::wait(&shared.k_empty[stage], parity);
     if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
-    copy_rows(shared.k[stage], static_cast<const T*>(row.key));
+    copy_rows(shared.k[stage], row.key);
     if (bank && p.turns_keys) {
-      hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);  // and with it the angles
+      ampere::commit_copies();
+      ampere::wait_copies<0>();
+      __syncwarp();
       turn_keys(shared.k[stage], n);
     }
     announce(&shared.k_full[stage]);
-    remember({stage, parity, item.kv_head, -1}, row.value);
-  }
-  __device__ void remember(const PendingTile& tile, const void* row) {
-    known.pending[tiles & 1] = tile;
-    known.pending_row[tiles & 1][lane_id()] = row;
-    __syncwarp();
-    ++tiles;
-  }
-  // Of the tiles up to there whose keys have been brought.
-  __device__ void bring_values(int end) {
-    while (tiles_with_values < end) {
-      const int slot = tiles_with_values++ & 1;
-      const PendingTile& tile = known.pending[slot];
-      hopper::wait(&shared.v_empty[tile.stage], tile.parity);
-      if (tile.token >= 0) {
-        load_tile(shared.v[tile.stage], p.v_map, &shared.v_full[tile.stage], tile.kv_head, tile.token);
-      } else {
-        copy_rows(shared.v[tile.stage], static_cast<const T*>(known.pending_row[slot][lane_id()]));
-        announce(&shared.v_full[tile.stage]);
-      }
-    }
-  }
-
-  __device__ bool find_next(int n, bool follows) {
-    const bool found = find_item(p, place, Memory::kRows, place.item[n % 2], follows);
-    const Item& item = place.item[n % 2];
-    // Known before their tile has a stage.
-    if (found && !item.follows && item.tiles > item.window_tiles) {
-      known.bank[item.odd_chunk][lane_id()] = bank_row(item, warp * kWarp + lane_id());
-    }
-    return found;
+    hopper::wait(&shared.v_empty[stage], parity);
+    copy_rows(shared.v[stage], row.value);
+    announce(&shared.v_full[stage]);
   }
 
   __device__ void run() {
@@ -361,26 +226,24 @@ struct BringKeys : Bring<T, D, Streams> {
       hopper::prefetch_map(&p.v_map);
     }
     start_items(p, place);
-    bool found = false;
-    // Item number n; beside its first keys, or before them all, the rows of the next one's are found.
+    bool follows = false;
+    // Queries come an item before their keys.
 #pragma unroll 1
-    for (int n = -1; n < 0 || found; ++n) {
-      const Item& item = place.item[n & 1];
-      if (n >= 0) ring.begin(item.follows);
-      const int steps = n < 0 ? 1 : item.tiles;
+    for (int n = 0;; ++n) {
+      const bool found = find_item(p, place, Memory::kRows, place.item[n % 2], follows);
+      bring_queries(n, found);
+      if (n > 0) {
+        const Item& item = place.item[(n - 1) % 2];
+        ring.begin(item.follows);
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        const bool fresh = n >= 0 && ring.fresh(item.follows, step);
-        if (n >= 0) ring.advance(fresh);
-        if (fresh) {
-          // Values are needed later than keys, and their stages are free later.
-          bring_keys(n, item, item.backwards ? item.tiles - 1 - step : step);
-          bring_values(tiles - 1);
+        for (int step = 0; step < item.tiles; ++step) {
+          const bool fresh = ring.fresh(item.follows, step);
+          ring.advance(fresh);
+          if (fresh) bring_tile(n - 1, item, item.backwards ? item.tiles - 1 - step : step);
         }
-        if (step == 0) found = find_next(n + 1, n >= 0 && item.followed);
       }
-      // What follows finds its first keys there, and waits for nothing else.
-      if (n >= 0 && (item.followed || !found)) bring_values(tiles);
+      if (!found) break;
+      follows = place.item[n % 2].followed;
     }
   }
 };

@@ -9,6 +9,12 @@
 
 namespace coda::kernels::sm90::bounded {
 
+__device__ inline Angle<float> angle_of_theta(float theta) {
+  const float turns = rintf(theta * 0.15915494f);
+  const float x = fmaf(turns, 1.7484555e-7f, fmaf(turns, -6.2831855f, theta));
+  return {__cosf(x), __sinf(x)};
+}
+
 // One consumer warpgroup: one online softmax for each item. Tiles of all items run in one stream, so that the first logits of an item are
 // computed while the item before it ends. A thread has two rows of every product, eight apart: with two streams they are one query in
 // both, so that o1 - lam o2 and its norm need nobody else.
@@ -20,7 +26,7 @@ struct Attend {
   Memory& shared;
   const int warpgroup;
   const int row0;  // this thread's first, within an item
-  unsigned items = 0, sets = 0;  // taken, the latter of queries
+  unsigned items = 0;
 
   struct Rows {
     uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
@@ -34,6 +40,11 @@ struct Attend {
   int tiles, window_tiles, step;
   int tile, next_tile;  // the step's, and how far from there the next one's is: forwards or backwards
   bool follows, followed;
+  bool copied;  // keys of the window, not only of the bank, by other than the copy engine
+  int theta_head = -1;
+  const Angle<float>* theta;  // of this thread's row
+
+  uint32_t q[D / 16][4];
   float o[D / 2];
 
   __device__ Attend(const Arguments& arguments, Memory& memory, int group)
@@ -58,14 +69,9 @@ struct Attend {
     hopper::arrive_if(empty, really && lane_id() == 0);
   }
 
-  __device__ void take_queries() {
-    hopper::wait(&shared.q_full[sets % kQuerySets], sets / kQuerySets % 2);
-    ++sets;
-  }
-
   // False after the last item.
   __device__ bool take_item() {
-    take_queries();
+    hopper::wait(&shared.q_full[items % kQuerySets], items / kQuerySets % 2);
     const Item& item = shared.item[items++ % kItems];
     step = 0;
     tiles = item.tiles;
@@ -76,6 +82,7 @@ struct Attend {
     follows = item.follows;
     ring.begin(follows);
     followed = item.followed;
+    copied = item.copied;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       peak[i] = neg_inf<float>();
@@ -89,41 +96,117 @@ struct Attend {
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
+        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item);
+        theta = shared.theta[warpgroup] + (p.group > kThetas ? row0 % kThetas : at.head) * Memory::kThetaStride;
       }
     }
     return true;
   }
 
-  // Those of the bank begin with the slots' bias.
-  __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
-    hopper::wait(&shared.k_full[at.stage()], at.parity());
-    const bool bank = tile >= window_tiles;
-    if (bank) {
-      const float* bias = shared.bias[at.stage()] + lane_id() % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-        const float2 b = *reinterpret_cast<const float2*>(bias + 8 * i);
-        s[4 * i] = s[4 * i + 2] = b.x;
-        s[4 * i + 1] = s[4 * i + 3] = b.y;
-      }
-      hopper::pin(s);
+  // The angles of the heads of a group, or of this warpgroup's rows where those are fewer.
+  static constexpr int kThetas = Memory::kRows / kConsumers;
+  __device__ void write_theta(const Item& item) {
+    theta_head = item.kv_head;
+    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
+    const bool by_row = p.group > kThetas;
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2); i += hopper::kWarpgroup) {
+      const int place = i / (D / 2), pair = i % (D / 2);
+      const int head = item.kv_head * p.group + (by_row ? p.split(item.row0 + warpgroup * kThetas + place).head : place);
+      shared.theta[warpgroup][place * Memory::kThetaStride + pair] =
+          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
     }
-    const auto q = hopper::rows_descriptor(shared.q[(sets - 1) % kQuerySets][warpgroup]);
+    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
+  }
+
+  // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of either pairing.
+  __device__ static void turn_plane(float& a, float& b, float cos, float sin) {
+    const float turned = fmaf(a, cos, -(b * sin));
+    b = fmaf(a, sin, b * cos);
+    a = turned;
+  }
+  __device__ static void turn(float (&x)[D / 4], bool interleaved, const Angle<float>* angles) {
+    if (interleaved) {
+#pragma unroll
+      for (int w = 0; w < D / 8; ++w) {
+        const float2 angle = *reinterpret_cast<const float2*>(angles + 4 * w + lane_id() % 4);
+        turn_plane(x[2 * w], x[2 * w + 1], angle.x, angle.y);
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < D / 16; ++w) {
+        const float4 two = *reinterpret_cast<const float4*>(angles + 8 * w + lane_id() % 4 * 2);
+        turn_plane(x[2 * w], x[2 * w + D / 8], two.x, two.y);
+        turn_plane(x[2 * w + 1], x[2 * w + 1 + D / 8], two.z, two.w);
+      }
+    }
+  }
+
+  // The item's queries to the register operand, as the tile meets them.
+  __device__ void load_queries() {
+    const int set = (items - 1) % kQuerySets;
+    const bool turned = p.turns_queries && tile >= window_tiles;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float x[D / 4];
+#pragma unroll
+      for (int block = 0; block < D / 32; ++block) {
+        uint32_t words[4];
+        const int row = row0 - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
+        load_matrices(words, reinterpret_cast<const unsigned char*>(shared.q[set]) + packet / 8 * Memory::kRows * 128 +
+                                 hopper::swizzled(row, packet % 8));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
+          const float2 y = unpack<T>(words[j]);
+          x[8 * block + 2 * j] = y.x;
+          x[8 * block + 2 * j + 1] = y.y;
+        }
+      }
+      if (turned) {
+        turn(x, p.rope_interleaved, shared.bank_angles[(items - 1) % kItems]);
+#pragma unroll
+        for (int w = 0; w < D / 8; ++w) q[w / 2][i + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
+      }
+      if (Streams == 2) {
+        turn(x, p.theta_interleaved, theta);
+#pragma unroll
+        for (int w = 0; w < D / 8; ++w) q[w / 2][1 + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
+      }
+    }
+    release(&shared.q_empty[set], !p.turns_queries || step > 0);
+  }
+
+  __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
+    wait_tile(&shared.k_full[at.stage()], at.parity());
     const auto k = hopper::rows_descriptor(shared.k[at.stage()]);
     hopper::begin_products();
 #pragma unroll
     for (int block = 0; block < D / 16; ++block) {
-      hopper::multiply<T, 0, 0>(s, q + (block / 4 * 64 * 8 + block % 4 * 2), k + (block / 4 * kKeys * 8 + block % 4 * 2),
-                                bank || block > 0);
+      hopper::multiply<T, 0>(s, q[block], k + (block / 4 * kKeys * 8 + block % 4 * 2), block > 0);
     }
     hopper::commit_products();
   }
+  // Ordinary copies belong to the generic proxy, and products read through the asynchronous one.
+  __device__ void wait_tile(uint64_t* full, uint32_t parity) const {
+    hopper::wait(full, parity);
+    if (copied || tile >= window_tiles) hopper::fence_async_proxy();
+  }
 
-  // After the wait for them: takes away keys that a row does not see.
+  // After the wait for them: adds the slots' bias, or takes away keys that a row does not see.
   __device__ void finish_logits(float (&s)[kKeys / 2], Position at) {
     hopper::pin(s);
-    if (tile < window_tiles) {
-      const int column = lane_id() % 4 * 2;
+    const int column = lane_id() % 4 * 2;
+    if (tile >= window_tiles) {
+      const float* bias = shared.bias[at.stage()] + column;
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) {
+        const float2 b = *reinterpret_cast<const float2*>(bias + 8 * i);
+        s[4 * i] += b.x;
+        s[4 * i + 1] += b.y;
+        s[4 * i + 2] += b.x;
+        s[4 * i + 3] += b.y;
+      }
+    } else {
       int seen[kOwn];  // from this thread's first column on
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - tile * kKeys - column;
@@ -186,7 +269,7 @@ struct Attend {
   }
 
   __device__ void start_output(Position at, const uint32_t (&weights)[kKeys / 16][4], bool add) {
-    hopper::wait(&shared.v_full[at.stage()], at.parity());
+    wait_tile(&shared.v_full[at.stage()], at.parity());
     const auto v = hopper::columns_descriptor(shared.v[at.stage()], kKeys * 128);
     hopper::begin_products();
 #pragma unroll
@@ -205,21 +288,16 @@ struct Attend {
     for (int i = 0; i < kOwn; ++i) ended.line[i] = kNoLine;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
-    hopper::pin(o);
     Position before{2}, now = next_position();
+    load_queries();
+    hopper::pin(o);
     start_logits(s, now);
-    hopper::commit_products();  // in place of an output's
     while (true) {
-      const bool last = step + 1 == tiles, others = p.turns_queries && tile + 1 == window_tiles;
-      hopper::wait_products<1>();
-      finish_logits(s, now);
-      release(&shared.q_empty[(sets - 1) % kQuerySets], last || others);
-      const float2 shrink = absorb(s);
-      // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
-      __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
       hopper::wait_products<0>();
       hopper::pin(o);
       release(&shared.v_empty[before.stage()], !before.keep());
+      finish_logits(s, now);
+      const float2 shrink = absorb(s);
       pack_operand<T>(weights, s);
       const bool begun = step > 0;
       if (begun) {
@@ -227,23 +305,22 @@ struct Attend {
       } else {
         finish(ended);
       }
+      start_output(now, weights, begun);
       before = now;
-      if (last) {
+      // The next logits come in the same wait.
+      bool other_queries = true;
+      if (++step == tiles) {
         invert_totals();
         ended = rows;
-        if (!take_item()) {
-          start_output(before, weights, begun);
-          break;
-        }
+        if (!take_item()) break;
       } else {
-        ++step;
+        const bool was_bank = tile >= window_tiles;
         tile += next_tile;
-        if (others) take_queries();
+        other_queries = p.turns_queries && was_bank != (tile >= window_tiles);
       }
+      if (other_queries) load_queries();
       now = next_position();
-      // The logits of one tile are computed while the weights of the one before it meet their values.
       start_logits(s, now);
-      start_output(before, weights, begun);
     }
     hopper::wait_products<0>();
     hopper::pin(o);
@@ -317,23 +394,22 @@ struct Attend {
   }
 };
 
-constexpr int kThreads = hopper::kWarpgroup * (2 + kConsumers);
+constexpr int kThreads = hopper::kWarpgroup * (1 + kConsumers);
 
 template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Arguments p) {
-  static_assert(sizeof(Shared<T, D, Streams>) <= 227 * 1024);
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<T, D, Streams>*>(memory);
   const int warpgroup = threadIdx.x / hopper::kWarpgroup;
   if (threadIdx.x == 0) {
-    constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp;
+    constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp, kArrivals = Bring<T, D, Streams>::kArrivals;
     for (int set = 0; set < kQuerySets; ++set) {
-      hopper::init_barrier(&shared.q_full[set], kBringers);
+      hopper::init_barrier(&shared.q_full[set], kArrivals);
       hopper::init_barrier(&shared.q_empty[set], kWarps);
     }
     for (int stage = 0; stage < stages(D); ++stage) {
-      hopper::init_barrier(&shared.k_full[stage], kBringers);
-      hopper::init_barrier(&shared.v_full[stage], kBringers);
+      hopper::init_barrier(&shared.k_full[stage], kArrivals);
+      hopper::init_barrier(&shared.v_full[stage], kArrivals);
       hopper::init_barrier(&shared.k_empty[stage], kWarps);
       hopper::init_barrier(&shared.v_empty[stage], kWarps);
     }
@@ -343,14 +419,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   __syncthreads();
   // 512 registers of four threads, one of each warp of a scheduler.
   if (warpgroup == 0) {
-    hopper::lower_registers<48>();
-    BringKeys<T, D, Streams>(p, shared, warp_id()).run();
-  } else if (warpgroup == 1) {
-    hopper::lower_registers<48>();
-    BringQueries<T, D, Streams>(p, shared, warp_id()).run();
+    hopper::lower_registers<40>();
+    Bring<T, D, Streams>(p, shared, warp_id()).run();
   } else {
-    hopper::raise_registers<208>();
-    Attend<T, D, Streams>(p, shared, warpgroup - 2).run();
+    hopper::raise_registers<232>();
+    Attend<T, D, Streams>(p, shared, warpgroup - 1).run();
   }
 }
 

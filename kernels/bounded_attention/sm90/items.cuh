@@ -14,9 +14,9 @@
 namespace coda::kernels::sm90::bounded {
 
 constexpr int kConsumers = 2;   // warpgroups
-constexpr int kBringers = 4;    // warps for keys and values, and as many for queries
+constexpr int kBringers = 4;    // warps
 constexpr int kKeys = 128;      // of a tile
-constexpr int kQuerySets = 2;   // of this item and the next; or as the window and as the bank meets them
+constexpr int kQuerySets = 2;   // of this item and the next
 constexpr int kItems = 4;       // that a warp may be at while others are at another
 
 // Tiles of keys, and of values, in shared memory.
@@ -57,7 +57,7 @@ struct alignas(16) Item {
   int tiles;         // of window and bank; 0 ends the block
   bool backwards;
   bool follows, followed;  // the item before it, or after it, has the same tiles, the other way round
-  bool odd_chunk;          // of those that a block has
+  bool copied;             // some of the window's tiles are not for the copy engine
 
   int sequence, snapshot;
   uint32_t token0;   // of the sequence, over all sequences
@@ -92,30 +92,9 @@ struct Ring {
   __device__ static bool keeps(bool followed, int step, int tiles) { return followed && step >= tiles - Stages; }
 };
 
-// The row of a product that a warpgroup's query row is, in the first stream; in the second it is eight rows further.
-template <int Streams>
-__device__ inline int product_row(int row) {
-  return Streams == 2 ? row / 8 * 16 + row % 8 : row;
-}
-
-// Where a key of the bank and its value are; nowhere if null.
-struct BankRow {
-  const void* key;
-  const void* value;
-  float bias;
-};
-
-// A tile whose keys are on their way and whose values are to follow: by the copy engine from token `token` on over all sequences, or
-// where that is negative each lane's row.
-struct PendingTile {
-  int stage;
-  uint32_t parity;
-  int kv_head, token;
-};
-
 // What a warp that brings keeps in shared memory: such warps have few registers.
 struct Place {
-  Item item[2];               // this one and the next
+  Item item[2];               // this one, and the next, whose queries come before the keys of this one
   int next;                   // first chunk row of the next sequence
   int length;                 // new tokens of this one
   int row0_of_sequence;       // its first chunk row
@@ -127,37 +106,26 @@ struct Place {
   int64_t first;  // position of the first new token
   int kv_head, snapshot, row_tile;  // of the next item
   unsigned left;                    // items from there on
-  bool odd_chunk;
 };
 
-// Likewise, of keys.
-struct KnownRows {
-  BankRow bank[2][kWarp];  // of the first tiles of two items' banks
-  PendingTile pending[2];
-  const void* pending_row[2][kWarp];
-};
-
-constexpr int kThetas = 32;  // heads of a group whose angles are kept
-
-enum NamedBarrier { kTheta = 1 };
+enum NamedBarrier { kTheta = 1 };  // the first of two, one for each warpgroup
 
 template <class T, int D, int Streams>
 struct Shared {
   static constexpr int kStages = stages(D), kRows = item_rows(Streams);
-  // Of the angles of a head, so that neighbouring heads are in different banks.
+  // Angles of a head, a stride that puts neighbouring heads in different banks.
   static constexpr int kThetaStride = D / 2 + 8;
-  // As products take them: with two streams eight rows in the first, then the same in the second.
-  alignas(1024) T q[kQuerySets][kConsumers][64 * D];
+  alignas(1024) T q[kQuerySets][kRows * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  alignas(16) Angle<float> theta[Streams == 2 ? kThetas * kThetaStride : 2];  // of the heads of a group
-  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // of the turn of queries towards the bank
+  // For each warpgroup, of the heads of a group, or of its own rows.
+  alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kRows / kConsumers * kThetaStride : 2];
+  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // that turn queries
   alignas(16) float lam[kItems][kRows];
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
   Item item[kItems];
-  Place place[2 * kBringers];
-  KnownRows known[kBringers];
+  Place place[kBringers];
   uint64_t q_full[kQuerySets], q_empty[kQuerySets];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
@@ -171,7 +139,6 @@ __device__ inline void start_items(const Arguments& p, Place& at) {
   at.snapshot = static_cast<int>(head_chunk % chunk_rows);
   at.kv_head = static_cast<int>(head_chunk / chunk_rows);
   at.next = at.row0_of_sequence = 0;
-  at.odd_chunk = false;
   __syncwarp();
 }
 // To the next item of the block, by one warp; false after the last.
@@ -215,10 +182,8 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     item.row0 = row0;
     item.token0 = at.token0;
     item.line0 = (at.token0 + token) * p.heads + kv_head * p.group;
-    item.backwards = row_tile % 2 != 0 && !p.turns_queries;
+    item.backwards = row_tile % 2 != 0;
     item.follows = follows;
-    at.odd_chunk ^= !follows;
-    item.odd_chunk = at.odd_chunk;
     item.window_begin = max(start - (p.window - p.chunk), -at.in_ring);
     const int slot = at.into_ring + item.window_begin;
     item.ring_begin = slot < 0 ? slot + p.window : slot;
@@ -228,8 +193,9 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
       return (item.seen + p.split(min(first_row + item_rows, item.rows) - 1).token + kKeys) / kKeys;
     };
     item.window_tiles = tiles_of(row0);
+    item.copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
     item.tiles = item.window_tiles + (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
-    item.followed = left > 0 && !p.turns_queries && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+    item.followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
     __syncwarp();
     return true;
   }
