@@ -28,6 +28,7 @@ struct Bring {
   const int warp;
   Place& place;
   Ring<Memory::kStages> ring;
+  double frequency = 0.0;  // of the pair whose angle this lane works out
 
   __device__ Bring(const Arguments& arguments, Memory& memory, int n)
       : p(arguments), shared(memory), warp(n), place(memory.place[n]) {}
@@ -93,26 +94,33 @@ struct Bring {
     hopper::wait(&shared.q_empty[set], n / kQuerySets % 2 ^ 1);
     if (found) {
       constexpr int kShare = Memory::kRows / kBringers;
-      const int packet = lane_id() % kPackets;
+      if (p.boxed_queries && item.row0 + Memory::kRows <= item.rows) {
+        if (warp == 0 && lane_id() == 0) {
+          hopper::expect(&shared.q_full[set], Memory::kRows * D * sizeof(T));
+          for (int panel = 0; panel < D / 64; ++panel) {
+            hopper::load_box(shared.q[set] + panel * Memory::kRows * 64, &p.q_map, &shared.q_full[set], panel * 64,
+                             item.kv_head * p.group, item.first_token + p.split(item.row0).token, 0);
+          }
+        }
+        __syncwarp();
+      } else {
+        const int packet = lane_id() % kPackets;
 #pragma unroll 1
-      for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
-        ampere::copy_packet(packet_of<Memory::kRows>(shared.q[set], i, packet),
-                            static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
+        for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
+          ampere::copy_packet(packet_of<Memory::kRows>(shared.q[set], i, packet),
+                              static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
+        }
       }
       if (Streams == 2 && lane_id() < kShare) {
         const int i = warp * kShare + lane_id();
         ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i), item.row0 + i < item.rows);
       }
-      if ((p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers) {
-        const int pair = warp * (D / 2 / kBringers) + lane_id();
-        shared.bank_angles[n % kItems][pair] =
-            angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), __ldg(p.inv_freq + pair)));
+      if ((p.turns_keys || p.turns_queries) && !item.follows && lane_id() < D / 2 / kBringers) {
+        shared.bank_angles[item.chunk_slot][warp * (D / 2 / kBringers) + lane_id()] =
+            angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), frequency));
       }
     }
-    if (warp == 0 && lane_id() == 0) {
-      shared.item[n % kItems] = item;
-      if (!found) shared.item[n % kItems].tiles = 0;
-    }
+    if (warp == 0 && lane_id() < kItemWords) words_of(shared.item[n % kItems])[lane_id()] = found ? words_of(item)[lane_id()] : 0;
     announce(&shared.q_full[set]);
   }
 
@@ -147,11 +155,11 @@ struct Bring {
 
   // This warp's rows of a tile of the n-th item's bank, in place: q . R(-a) k = (R(a) q) . k. A lane has two packets of a row that are
   // half a row apart, and so both elements of every plane of either pairing.
-  __device__ void turn_keys(T* tile, int n) const {
+  __device__ void turn_keys(T* tile, int n, int chunk_slot) const {
     constexpr int kParts = D / 16;
     const int part = lane_id() % kParts;
     hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);  // and with it the angles of all warps
-    const Angle<float>* angles = shared.bank_angles[n % kItems] + (p.rope_interleaved ? 4 : 8) * part;
+    const Angle<float>* angles = shared.bank_angles[chunk_slot] + (p.rope_interleaved ? 4 : 8) * part;
 #pragma unroll 1
     for (int row = warp * kWarp + lane_id() / kParts; row < (warp + 1) * kWarp; row += kWarp / kParts) {
       uint4* const at[2] = {reinterpret_cast<uint4*>(packet_of<kKeys>(tile, row, part)),
@@ -212,7 +220,7 @@ struct Bring {
       ampere::commit_copies();
       ampere::wait_copies<0>();
       __syncwarp();
-      turn_keys(shared.k[stage], n);
+      turn_keys(shared.k[stage], n, item.chunk_slot);
     }
     announce(&shared.k_full[stage]);
     hopper::wait(&shared.v_empty[stage], parity);
@@ -222,15 +230,17 @@ struct Bring {
 
   __device__ void run() {
     if (threadIdx.x == 0) {
+      if (p.boxed_queries) hopper::prefetch_map(&p.q_map);
       hopper::prefetch_map(&p.k_map);
       hopper::prefetch_map(&p.v_map);
     }
+    if ((p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers) frequency = p.inv_freq[warp * (D / 2 / kBringers) + lane_id()];
     start_items(p, place);
     bool follows = false;
     // Queries come an item before their keys.
 #pragma unroll 1
     for (int n = 0;; ++n) {
-      const bool found = find_item(p, place, Memory::kRows, place.item[n % 2], follows);
+      const bool found = find_item(p, place, Memory::kRows, place.item[n & 1], place.item[~n & 1], follows);
       bring_queries(n, found);
       if (n > 0) {
         const Item& item = place.item[(n - 1) % 2];

@@ -163,7 +163,7 @@ struct Attend {
         }
       }
       if (turned) {
-        turn(x, p.rope_interleaved, shared.bank_angles[(items - 1) % kItems]);
+        turn(x, p.rope_interleaved, shared.bank_angles[shared.item[(items - 1) % kItems].chunk_slot]);
 #pragma unroll
         for (int w = 0; w < D / 8; ++w) q[w / 2][i + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
       }
@@ -447,7 +447,16 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
     const Strides strides{0, static_cast<int64_t>(p.kv_heads) * D, D};
     return make_tensor_map(to, base, dtype, head_tile(D, p.kv_heads, p.tokens, 1, strides, kKeys));
   };
+  p.boxed_queries = item_rows(Streams) % p.group == 0;
   auto status = map(p.k_map, p.k);
+  if (status == cudaSuccess && p.boxed_queries) {
+    const int64_t token = static_cast<int64_t>(p.heads) * D;
+    status = make_tensor_map(p.q_map, p.q, dtype,
+                             {4,
+                              {D, static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.tokens), 1},
+                              {D, token, token * p.tokens},
+                              {64, static_cast<uint32_t>(p.group), static_cast<uint32_t>(item_rows(Streams) / p.group), 1}});
+  }
   if (status == cudaSuccess) status = map(p.v_map, p.v);
   int multiprocessors = 0;
   if (status == cudaSuccess) status = multiprocessor_count(multiprocessors);

@@ -34,7 +34,8 @@ struct Arguments : BoundedAttentionForward {
   bool turns_keys, turns_queries;
   float logit_scale, log2_scale, inverse_scale, eps;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
-  CUtensorMap k_map, v_map;
+  bool boxed_queries;    // items begin and end with whole tokens
+  CUtensorMap q_map, k_map, v_map;
 
   // r / group and r % group for rows of an item, without a division.
   struct TokenHead {
@@ -65,8 +66,15 @@ struct alignas(16) Item {
   int window_begin;  // first token that the window holds
   int ring_begin;    // the slot that holds it, if it is in the ring
   int keys;          // keys of the window
+  int first_token;   // of the chunk, over all sequences
+  int chunk_slot;    // where its angles are
   int64_t position;  // of the chunk's first token in the sequence
 };
+
+constexpr int kItemWords = sizeof(Item) / 4;
+static_assert(kItemWords <= kWarp);
+__device__ inline uint32_t* words_of(Item& item) { return reinterpret_cast<uint32_t*>(&item); }
+__device__ inline const uint32_t* words_of(const Item& item) { return reinterpret_cast<const uint32_t*>(&item); }
 
 // Stages of keys, and of values, in the order of use. An item that follows another begins where that one ended and goes back through the
 // stages, in which it finds the last tiles of that one as its first.
@@ -106,6 +114,7 @@ struct Place {
   int64_t first;  // position of the first new token
   int kv_head, snapshot, row_tile;  // of the next item
   unsigned left;                    // items from there on
+  int chunks_begun;
 };
 
 enum NamedBarrier { kTheta = 1 };  // the first of two, one for each warpgroup
@@ -138,11 +147,14 @@ __device__ inline void start_items(const Arguments& p, Place& at) {
   at.row_tile = static_cast<int>(first % p.row_tiles);
   at.snapshot = static_cast<int>(head_chunk % chunk_rows);
   at.kv_head = static_cast<int>(head_chunk / chunk_rows);
-  at.next = at.row0_of_sequence = 0;
+  at.next = at.row0_of_sequence = at.chunks_begun = 0;
   __syncwarp();
 }
 // To the next item of the block, by one warp; false after the last.
-__device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, Item& item, bool follows) {
+__device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, Item& item, const Item& before, bool follows) {
+  const auto tiles_of = [&](int first_row) {
+    return (item.seen + p.split(min(first_row + item_rows, item.rows) - 1).token + kKeys) / kKeys;
+  };
   while (at.left > 0) {
     const int row_tile = at.row_tile, snapshot = at.snapshot, kv_head = at.kv_head;
     const unsigned left = at.left - 1;
@@ -153,6 +165,17 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     at.row_tile = next_chunk ? 0 : row_tile + 1;
     at.snapshot = next_head ? 0 : snapshot + next_chunk;
     at.kv_head = kv_head + next_head;
+    if (follows) {
+      if (lane_id() < kItemWords) words_of(item)[lane_id()] = words_of(before)[lane_id()];
+      __syncwarp();
+      const int row0 = row_tile * item_rows;
+      item.row0 = row0;
+      item.backwards = row_tile % 2 != 0;
+      item.follows = true;
+      item.followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+      __syncwarp();
+      return true;
+    }
     if (snapshot >= at.next || snapshot < at.row0_of_sequence) {
       const int64_t n = sequence_of_row(p, snapshot);
       const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk);
@@ -183,15 +206,17 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     item.token0 = at.token0;
     item.line0 = (at.token0 + token) * p.heads + kv_head * p.group;
     item.backwards = row_tile % 2 != 0;
-    item.follows = follows;
+    item.follows = false;
+    item.first_token = static_cast<int>(at.token0) + token;
+    item.chunk_slot = at.chunks_begun % kItems;
+    const int begun = at.chunks_begun + 1;
+    __syncwarp();
+    at.chunks_begun = begun;
     item.window_begin = max(start - (p.window - p.chunk), -at.in_ring);
     const int slot = at.into_ring + item.window_begin;
     item.ring_begin = slot < 0 ? slot + p.window : slot;
     item.seen = token - item.window_begin;
     item.keys = item.chunk_end - item.window_begin;
-    const auto tiles_of = [&](int first_row) {
-      return (item.seen + p.split(min(first_row + item_rows, item.rows) - 1).token + kKeys) / kKeys;
-    };
     item.window_tiles = tiles_of(row0);
     item.copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
     item.tiles = item.window_tiles + (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
