@@ -115,7 +115,7 @@ struct Bring {
         const int i = warp * kShare + lane_id();
         ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i), item.row0 + i < item.rows);
       }
-      if ((p.turns_keys || p.turns_queries) && !item.follows && lane_id() < D / 2 / kBringers) {
+      if ((p.turns_keys || p.turns_queries) && !(item.flags & Item::kFollows) && lane_id() < D / 2 / kBringers) {
         shared.bank_angles[item.chunk_slot][warp * (D / 2 / kBringers) + lane_id()] =
             angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), frequency));
       }
@@ -243,17 +243,17 @@ struct Bring {
       const bool found = find_item(p, place, Memory::kRows, place.item[n & 1], place.item[~n & 1], follows);
       bring_queries(n, found);
       if (n > 0) {
-        const Item& item = place.item[(n - 1) % 2];
-        ring.begin(item.follows);
+        const Item& item = place.item[~n & 1];
+        ring.begin((item.flags & Item::kFollows) != 0);
 #pragma unroll 1
         for (int step = 0; step < item.tiles; ++step) {
-          const bool fresh = ring.fresh(item.follows, step);
+          const bool fresh = ring.fresh((item.flags & Item::kFollows) != 0, step);
           ring.advance(fresh);
-          if (fresh) bring_tile(n - 1, item, item.backwards ? item.tiles - 1 - step : step);
+          if (fresh) bring_tile(n - 1, item, item.flags & Item::kBackwards ? item.tiles - 1 - step : step);
         }
       }
       if (!found) break;
-      follows = place.item[n % 2].followed;
+      follows = place.item[n & 1].flags & Item::kFollowed;
     }
   }
 };

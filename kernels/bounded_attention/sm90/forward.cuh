@@ -24,8 +24,6 @@ struct Attend {
   static constexpr int kOwn = 2 / Streams;  // query rows of a thread
   const Arguments& p;
   Memory& shared;
-  const int warpgroup;
-  const int row0;  // this thread's first, within an item
   unsigned items = 0;
 
   struct Rows {
@@ -37,19 +35,22 @@ struct Attend {
   Rows rows;
   float peak[2];
   int visible[kOwn];  // leading keys of the window that each row sees
-  int tiles, window_tiles, step;
-  int tile, next_tile;  // the step's, and how far from there the next one's is: forwards or backwards
-  bool follows, followed;
-  bool copied;  // keys of the window, not only of the bank, by other than the copy engine
+  int tiles, window_tiles, step, flags;  // of the item, and where it is
   int theta_head = -1;
   const Angle<float>* theta;  // of this thread's row
 
   uint32_t q[D / 16][4];
   float o[D / 2];
 
-  __device__ Attend(const Arguments& arguments, Memory& memory, int group)
-      : p(arguments), shared(memory), warpgroup(group),
-        row0((group * hopper::kWarpgroup + threadIdx.x % hopper::kWarpgroup) / kWarp * 8 * kOwn + lane_id() / 4) {}
+  __device__ Attend(const Arguments& arguments, Memory& memory)
+      : p(arguments), shared(memory) {}
+
+  __device__ int tile() const { return flags & Item::kBackwards ? tiles - 1 - step : step; }
+  __device__ bool at_bank() const { return tile() >= window_tiles; }
+
+  __device__ static int consumer() { return threadIdx.x / hopper::kWarpgroup - 1; }
+  // This thread's first row within an item.
+  __device__ static int row0() { return (warp_id() - kBringers) * 8 * kOwn + lane_id() / 4; }
 
   // Where the keys and values of a tile are, in one register.
   struct Position {
@@ -60,8 +61,8 @@ struct Attend {
   };
   Ring<Memory::kStages> ring;
   __device__ Position next_position() {
-    ring.advance(ring.fresh(follows, step));
-    return {ring.stage << 2 | ring.keeps(followed, step, tiles) << 1 | static_cast<int>(ring.parity())};
+    ring.advance(ring.fresh(flags & Item::kFollows, step));
+    return {ring.stage << 2 | ring.keeps(flags & Item::kFollowed, step, tiles) << 1 | static_cast<int>(ring.parity())};
   }
 
   __device__ static void release(uint64_t* empty, bool really = true) {
@@ -77,12 +78,8 @@ struct Attend {
     tiles = item.tiles;
     if (tiles == 0) return false;
     window_tiles = item.window_tiles;
-    tile = item.backwards ? tiles - 1 : 0;
-    next_tile = item.backwards ? -1 : 1;
-    follows = item.follows;
-    ring.begin(follows);
-    followed = item.followed;
-    copied = item.copied;
+    flags = item.flags;
+    ring.begin(flags & Item::kFollows);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       peak[i] = neg_inf<float>();
@@ -90,14 +87,14 @@ struct Attend {
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int r = item.row0 + row0 + 8 * i;
+      const int r = item.row0 + row0() + 8 * i;
       const auto at = p.split(r);
       const bool real = r < item.rows;
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
         if (item.kv_head != theta_head || p.group > kThetas) write_theta(item);
-        theta = shared.theta[warpgroup] + (p.group > kThetas ? row0 % kThetas : at.head) * Memory::kThetaStride;
+        theta = shared.theta[consumer()] + (p.group > kThetas ? row0() % kThetas : at.head) * Memory::kThetaStride;
       }
     }
     return true;
@@ -107,15 +104,15 @@ struct Attend {
   static constexpr int kThetas = Memory::kRows / kConsumers;
   __device__ void write_theta(const Item& item) {
     theta_head = item.kv_head;
-    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
+    hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
     const bool by_row = p.group > kThetas;
     for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2); i += hopper::kWarpgroup) {
       const int place = i / (D / 2), pair = i % (D / 2);
-      const int head = item.kv_head * p.group + (by_row ? p.split(item.row0 + warpgroup * kThetas + place).head : place);
-      shared.theta[warpgroup][place * Memory::kThetaStride + pair] =
+      const int head = item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetas + place).head : place);
+      shared.theta[consumer()][place * Memory::kThetaStride + pair] =
           angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
     }
-    hopper::sync_threads(kTheta + warpgroup, hopper::kWarpgroup);
+    hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
   }
 
   // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of either pairing.
@@ -144,14 +141,14 @@ struct Attend {
   // The item's queries to the register operand, as the tile meets them.
   __device__ void load_queries() {
     const int set = (items - 1) % kQuerySets;
-    const bool turned = p.turns_queries && tile >= window_tiles;
+    const bool turned = p.turns_queries && at_bank();
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float x[D / 4];
 #pragma unroll
       for (int block = 0; block < D / 32; ++block) {
         uint32_t words[4];
-        const int row = row0 - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
+        const int row = row0() - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
         load_matrices(words, reinterpret_cast<const unsigned char*>(shared.q[set]) + packet / 8 * Memory::kRows * 128 +
                                  hopper::swizzled(row, packet % 8));
 #pragma unroll
@@ -189,14 +186,14 @@ struct Attend {
   // Ordinary copies belong to the generic proxy, and products read through the asynchronous one.
   __device__ void wait_tile(uint64_t* full, uint32_t parity) const {
     hopper::wait(full, parity);
-    if (copied || tile >= window_tiles) hopper::fence_async_proxy();
+    if (flags & Item::kCopied || at_bank()) hopper::fence_async_proxy();
   }
 
   // After the wait for them: adds the slots' bias, or takes away keys that a row does not see.
   __device__ void finish_logits(float (&s)[kKeys / 2], Position at) {
     hopper::pin(s);
     const int column = lane_id() % 4 * 2;
-    if (tile >= window_tiles) {
+    if (at_bank()) {
       const float* bias = shared.bias[at.stage()] + column;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; ++i) {
@@ -209,7 +206,7 @@ struct Attend {
     } else {
       int seen[kOwn];  // from this thread's first column on
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - tile * kKeys - column;
+      for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - tile() * kKeys - column;
 #pragma unroll
       for (int part = 0; part < kKeys; part += 64) {
         if (__all_sync(kAllLanes, part + 57 < seen[0])) continue;
@@ -314,9 +311,7 @@ struct Attend {
         ended = rows;
         if (!take_item()) break;
       } else {
-        const bool was_bank = tile >= window_tiles;
-        tile += next_tile;
-        other_queries = p.turns_queries && was_bank != (tile >= window_tiles);
+        other_queries = p.turns_queries && tile() == (flags & Item::kBackwards ? window_tiles - 1 : window_tiles);
       }
       if (other_queries) load_queries();
       now = next_position();
@@ -358,7 +353,7 @@ struct Attend {
         static_cast<float*>(p.lse)[(Streams == 2 ? i * p.tokens * p.heads : 0) + line] = lse;
       }
     }
-    if (Streams == 2) rows.ratio = shared.lam[(items - 1) % kItems][row0] * rows.total[1] * sum[0];
+    if (Streams == 2) rows.ratio = shared.lam[(items - 1) % kItems][row0()] * rows.total[1] * sum[0];
   }
 
   // y = scale (o1 - ratio o2) of what the products gave, where scale is the inverse total of the first stream and, under the norm, 1 / rms.
@@ -423,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     Bring<T, D, Streams>(p, shared, warp_id()).run();
   } else {
     hopper::raise_registers<232>();
-    Attend<T, D, Streams>(p, shared, warpgroup - 1).run();
+    Attend<T, D, Streams>(p, shared).run();
   }
 }
 

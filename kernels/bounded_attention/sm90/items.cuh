@@ -56,9 +56,10 @@ struct alignas(16) Item {
   int kv_head;
   int window_tiles;  // those that the item's last row sees
   int tiles;         // of window and bank; 0 ends the block
-  bool backwards;
-  bool follows, followed;  // the item before it, or after it, has the same tiles, the other way round
-  bool copied;             // some of the window's tiles are not for the copy engine
+  int flags;
+  // The tiles are taken from the last one on; the item before it, or after it, has the same tiles, the other way round; some of the
+  // window's tiles are not for the copy engine.
+  static constexpr int kBackwards = 1, kFollows = 2, kFollowed = 4, kCopied = 8;
 
   int sequence, snapshot;
   uint32_t token0;   // of the sequence, over all sequences
@@ -170,9 +171,8 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
       __syncwarp();
       const int row0 = row_tile * item_rows;
       item.row0 = row0;
-      item.backwards = row_tile % 2 != 0;
-      item.follows = true;
-      item.followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+      const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+      item.flags = (before.flags & Item::kCopied) | Item::kFollows | (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0);
       __syncwarp();
       return true;
     }
@@ -205,8 +205,6 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     item.row0 = row0;
     item.token0 = at.token0;
     item.line0 = (at.token0 + token) * p.heads + kv_head * p.group;
-    item.backwards = row_tile % 2 != 0;
-    item.follows = false;
     item.first_token = static_cast<int>(at.token0) + token;
     item.chunk_slot = at.chunks_begun % kItems;
     const int begun = at.chunks_begun + 1;
@@ -218,9 +216,10 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     item.seen = token - item.window_begin;
     item.keys = item.chunk_end - item.window_begin;
     item.window_tiles = tiles_of(row0);
-    item.copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
+    const bool copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
     item.tiles = item.window_tiles + (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
-    item.followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+    const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+    item.flags = (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0) | (copied ? Item::kCopied : 0);
     __syncwarp();
     return true;
   }
