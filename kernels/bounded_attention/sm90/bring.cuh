@@ -5,8 +5,8 @@
 
 namespace coda::kernels::sm90::bounded {
 
-// The angle of a phase in radians, in float64 reduced to [-pi, pi], where the approximate sine and cosine are good to 2^-20: far below
-// what rounding a query costs.
+// The angle of a phase in radians, in float64 reduced to [-pi, pi], where the approximate sine and cosine are good to
+// 2^-20: far below what rounding a query costs.
 __device__ inline Angle<float> angle_of_phase(double phase) {
   const double turns = phase * 0.15915494309189535;
   const float x = static_cast<float>((turns - rint(turns)) * 6.283185307179586);
@@ -20,7 +20,7 @@ __device__ inline float log_sigmoid_approximate(float z) { return fminf(z, 0.0f)
 template <class T, int D, int Streams>
 struct Bring {
   using Memory = Shared<T, D, Streams>;
-  static constexpr int kPackets = D / kPacket;         // of a row
+  static constexpr int kPackets = D / kPacket;          // of a row
   static constexpr int kRowsAtOnce = kWarp / kPackets;  // rows of one copy of the warp
   static_assert(kBringers * kWarp == kKeys, "a lane knows one row of a tile");
   const Arguments& p;
@@ -53,14 +53,18 @@ struct Bring {
   __device__ Row bank_row(const Item& item, int slot) const {
     if (slot < p.exact_slots) {
       const int gate_group = p.gate_groups == 1 ? 0 : item.kv_head, held = p.window + p.exact_slots;
-      const int source = __ldg(p.index + static_cast<int64_t>(item.snapshot * p.gate_groups + gate_group) * p.exact_slots + slot);
+      const int source =
+          __ldg(p.index + static_cast<int64_t>(item.snapshot * p.gate_groups + gate_group) * p.exact_slots + slot);
       if (source < 0) return {};
       const int token = source - held;
-      Row row = token < 0 ? row_at(p.state_kbar, p.state_v, state_row(item, source)) : row_at(p.kbar, p.v, token_row(item, token));
+      Row row = token < 0 ? row_at(p.state_kbar, p.state_v, state_row(item, source))
+                          : row_at(p.kbar, p.v, token_row(item, token));
       if (p.gate_bias && slot >= p.num_sinks) {
         row.bias = log_sigmoid_approximate(
-            token < 0 ? static_cast<const float*>(p.state_gate)[(item.sequence * p.gate_groups + gate_group) * held + source]
-                      : static_cast<const float*>(p.gate)[static_cast<int64_t>(item.token0 + token) * p.gate_groups + gate_group]);
+            token < 0
+                ? static_cast<const float*>(p.state_gate)[(item.sequence * p.gate_groups + gate_group) * held + source]
+                : static_cast<const float*>(
+                      p.gate)[static_cast<int64_t>(item.token0 + token) * p.gate_groups + gate_group]);
       }
       return row;
     }
@@ -86,8 +90,12 @@ struct Bring {
     return reinterpret_cast<unsigned char*>(tile) + packet / 8 * Rows * 128 + hopper::swizzled(row, packet % 8);
   }
 
-  // This warp's share of the queries of the n-th item and of their lambdas, zeros past the end of the chunk; of the angles that turn them
-  // towards the bank; and what the item is, or that there is none. These copies announce themselves when they are complete.
+  // A lane works out the angle of one pair.
+  __device__ bool works_out_angle() const { return (p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers; }
+  __device__ int angle_pair() const { return warp * (D / 2 / kBringers) + lane_id(); }
+
+  // This warp's share of the queries of item number n and of their lambdas, zeros past the end of the chunk; of the
+  // angles that turn them towards the bank; and what the item is, or that there is none.
   __device__ void bring_queries(int n, bool found) {
     const Item& item = place.item[n % 2];
     const int set = n % kQuerySets;
@@ -108,19 +116,22 @@ struct Bring {
 #pragma unroll 1
         for (int i = warp * kShare + lane_id() / kPackets; i < (warp + 1) * kShare; i += kRowsAtOnce) {
           ampere::copy_packet(packet_of<Memory::kRows>(shared.q[set], i, packet),
-                              static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket, item.row0 + i < item.rows);
+                              static_cast<const T*>(p.q) + line_of(item, i) * D + packet * kPacket,
+                              item.row0 + i < item.rows);
         }
       }
       if (Streams == 2 && lane_id() < kShare) {
         const int i = warp * kShare + lane_id();
-        ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i), item.row0 + i < item.rows);
+        ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i),
+                          item.row0 + i < item.rows);
       }
-      if ((p.turns_keys || p.turns_queries) && !(item.flags & Item::kFollows) && lane_id() < D / 2 / kBringers) {
-        shared.bank_angles[item.chunk_slot][warp * (D / 2 / kBringers) + lane_id()] =
+      if (works_out_angle() && !(item.flags & Item::kFollows)) {
+        shared.bank_angles[item.chunk_slot][angle_pair()] =
             angle_of_phase(mul_rn(static_cast<double>(p.bank_distance - item.position), frequency));
       }
     }
-    if (warp == 0 && lane_id() < kItemWords) words_of(shared.item[n % kItems])[lane_id()] = found ? words_of(item)[lane_id()] : 0;
+    if (warp == 0 && lane_id() < kItemWords)
+      words_of(shared.item[n % kItems])[lane_id()] = found ? words_of(item)[lane_id()] : 0;
     announce(&shared.q_full[set]);
   }
 
@@ -147,14 +158,16 @@ struct Bring {
 #pragma unroll
       for (int j = 0; j < kCopies; ++j) {
         const int i = j * kRowsAtOnce + lane_id() / kPackets;
-        const auto* row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(mine), eight + i));
-        ampere::copy_packet(packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket, row != nullptr);
+        const auto* row =
+            reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(mine), eight + i));
+        ampere::copy_packet(packet_of<kKeys>(tile, i, packet) + (warp * kWarp + eight) * 128, row + packet * kPacket,
+                            row != nullptr);
       }
     }
   }
 
-  // This warp's rows of a tile of the n-th item's bank, in place: q . R(-a) k = (R(a) q) . k. A lane has two packets of a row that are
-  // half a row apart, and so both elements of every plane of either pairing.
+  // This warp's rows of a tile of item number n's bank, in place: q . R(-a) k = (R(a) q) . k. A lane has two packets of
+  // a row that are half a row apart, and so both elements of every plane of either pairing.
   __device__ void turn_keys(T* tile, int n, int chunk_slot) const {
     constexpr int kParts = D / 16;
     const int part = lane_id() % kParts;
@@ -174,7 +187,8 @@ struct Bring {
       };
       if (p.rope_interleaved) {
 #pragma unroll
-        for (int i = 0; i < kPacket; ++i) turn_back(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angles[i / 4 * (D / 4) + i % 4]);
+        for (int i = 0; i < kPacket; ++i)
+          turn_back(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], angles[i / 4 * (D / 4) + i % 4]);
       } else {
 #pragma unroll
         for (int i = 0; i < kPacket; ++i) turn_back(x[0][i], x[1][i], angles[i]);
@@ -216,7 +230,7 @@ struct Bring {
     hopper::wait(&shared.k_empty[stage], parity);
     if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
     copy_rows(shared.k[stage], row.key);
-    if (bank && p.turns_keys) {
+    if (may_turn_keys(D) && bank && p.turns_keys) {
       ampere::commit_copies();
       ampere::wait_copies<0>();
       __syncwarp();
@@ -234,26 +248,28 @@ struct Bring {
       hopper::prefetch_map(&p.k_map);
       hopper::prefetch_map(&p.v_map);
     }
-    if ((p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers) frequency = p.inv_freq[warp * (D / 2 / kBringers) + lane_id()];
+    if (works_out_angle()) frequency = p.inv_freq[angle_pair()];
     start_items(p, place);
-    bool follows = false;
-    // Queries come an item before their keys.
+    bool found = false;
+    // Item number n; beside its first keys, or before them all, the queries of the next.
 #pragma unroll 1
-    for (int n = 0;; ++n) {
-      const bool found = find_item(p, place, Memory::kRows, place.item[n & 1], place.item[~n & 1], follows);
-      bring_queries(n, found);
-      if (n > 0) {
-        const Item& item = place.item[~n & 1];
-        ring.begin((item.flags & Item::kFollows) != 0);
+    for (int n = -1; n < 0 || found; ++n) {
+      const Item& item = place.item[n & 1];
+      const bool follows = n >= 0 && item.flags & Item::kFollows;
+      const int steps = n < 0 ? 1 : item.tiles;
+      ring.begin(follows);
 #pragma unroll 1
-        for (int step = 0; step < item.tiles; ++step) {
-          const bool fresh = ring.fresh((item.flags & Item::kFollows) != 0, step);
+      for (int step = 0; step < steps; ++step) {
+        if (n >= 0) {
+          const bool fresh = ring.fresh(follows, step);
           ring.advance(fresh);
-          if (fresh) bring_tile(n - 1, item, item.flags & Item::kBackwards ? item.tiles - 1 - step : step);
+          if (fresh) bring_tile(n, item, item.flags & Item::kBackwards ? item.tiles - 1 - step : step);
+        }
+        if (step == 0) {
+          found = find_item(p, place, Memory::kRows, place.item[~n & 1], item, n >= 0 && item.flags & Item::kFollowed);
+          bring_queries(n + 1, found);
         }
       }
-      if (!found) break;
-      follows = place.item[n & 1].flags & Item::kFollowed;
     }
   }
 };

@@ -1,7 +1,7 @@
 #pragma once
 
-// One block: a warpgroup that brings queries, keys and values, and two that attend. With two streams a warpgroup has its 32 query rows
-// twice, in q and in R_theta q; with one, 64. README.md has the reasons.
+// One block: a warpgroup that brings queries, keys and values, and two that attend. With two streams such a warpgroup
+// has 32 query rows twice, in q and in R_theta q; with one, 64. README.md has the reasons.
 
 #include "../../common/wgmma.cuh"
 #include "../../diff_attention/sm90/tiles.cuh"
@@ -15,9 +15,9 @@ __device__ inline Angle<float> angle_of_theta(float theta) {
   return {__cosf(x), __sinf(x)};
 }
 
-// One consumer warpgroup: one online softmax for each item. Tiles of all items run in one stream, so that the first logits of an item are
-// computed while the item before it ends. A thread has two rows of every product, eight apart: with two streams they are one query in
-// both, so that o1 - lam o2 and its norm need nobody else.
+// One warpgroup that attends: an online softmax for each item. Tiles of all items run in one stream, so that the first
+// logits of an item are computed while the one before it ends. A thread has two rows of every product, eight apart:
+// with two streams they are one query in both, so that o1 - lam o2 and its norm need nobody else.
 template <class T, int D, int Streams>
 struct Attend {
   using Memory = Shared<T, D, Streams>;
@@ -28,13 +28,13 @@ struct Attend {
 
   struct Rows {
     uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
-    float total[2];  // of this thread's columns; after the item's last tile, the inverse of all columns'
-    float ratio;     // then: see finish
+    float total[2];       // of this thread's columns; after the item's last tile, the inverse of all columns'
+    float ratio;          // then: see finish
   };
   static constexpr uint32_t kNoLine = 0xffffffffu;
   Rows rows;
   float peak[2];
-  int visible[kOwn];  // leading keys of the window that each row sees
+  int visible[kOwn];                     // leading keys of the window that each row sees
   int tiles, window_tiles, step, flags;  // of the item, and where it is
   int theta_head = -1;
   const Angle<float>* theta;  // of this thread's row
@@ -42,8 +42,7 @@ struct Attend {
   uint32_t q[D / 16][4];
   float o[D / 2];
 
-  __device__ Attend(const Arguments& arguments, Memory& memory)
-      : p(arguments), shared(memory) {}
+  __device__ Attend(const Arguments& arguments, Memory& memory) : p(arguments), shared(memory) {}
 
   __device__ int tile() const { return flags & Item::kBackwards ? tiles - 1 - step : step; }
   __device__ bool at_bank() const { return tile() >= window_tiles; }
@@ -106,16 +105,19 @@ struct Attend {
     theta_head = item.kv_head;
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
     const bool by_row = p.group > kThetas;
-    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2); i += hopper::kWarpgroup) {
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2);
+         i += hopper::kWarpgroup) {
       const int place = i / (D / 2), pair = i % (D / 2);
-      const int head = item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetas + place).head : place);
+      const int head =
+          item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetas + place).head : place);
       shared.theta[consumer()][place * Memory::kThetaStride + pair] =
           angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
     }
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
   }
 
-  // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of either pairing.
+  // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of
+  // either pairing.
   __device__ static void turn_plane(float& a, float& b, float cos, float sin) {
     const float turned = fmaf(a, cos, -(b * sin));
     b = fmaf(a, sin, b * cos);
@@ -183,7 +185,7 @@ struct Attend {
     }
     hopper::commit_products();
   }
-  // Ordinary copies belong to the generic proxy, and products read through the asynchronous one.
+  // Copies by lanes belong to the generic proxy, and products read through the asynchronous one.
   __device__ void wait_tile(uint64_t* full, uint32_t parity) const {
     hopper::wait(full, parity);
     if (flags & Item::kCopied || at_bank()) hopper::fence_async_proxy();
@@ -219,8 +221,9 @@ struct Attend {
     release(&shared.k_empty[at.stage()], !at.keep());
   }
 
-  // Logits to weights relative to the peaks; returns how much earlier weights shrink. A peak that grows by less than a factor of 2^8 in
-  // the weights stays as it is: weights are floating-point numbers, and rescaling the output would cost more.
+  // Logits to weights relative to the peaks; returns how much earlier weights shrink. A peak that grows by less than a
+  // factor of 2^8 in the weights stays as it is: weights are floating-point numbers, and rescaling the output would
+  // cost more.
   __device__ float2 absorb(float (&s)[kKeys / 2]) {
     float top[2][2];
 #pragma unroll
@@ -356,7 +359,8 @@ struct Attend {
     if (Streams == 2) rows.ratio = shared.lam[(items - 1) % kItems][row0()] * rows.total[1] * sum[0];
   }
 
-  // y = scale (o1 - ratio o2) of what the products gave, where scale is the inverse total of the first stream and, under the norm, 1 / rms.
+  // y = scale (o1 - ratio o2) of what the products gave, where scale is the first stream's inverse total and, under the
+  // norm, 1 / rms.
   __device__ void finish(const Rows& done) const {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -410,7 +414,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     }
     hopper::fence_barrier_init();
   }
-  if (p.norm_weight && threadIdx.x < D) shared.norm_weight[threadIdx.x] = static_cast<const float*>(p.norm_weight)[threadIdx.x];
+  if (p.norm_weight && threadIdx.x < D)
+    shared.norm_weight[threadIdx.x] = static_cast<const float*>(p.norm_weight)[threadIdx.x];
   __syncthreads();
   // 512 registers of four threads, one of each warp of a scheduler.
   if (warpgroup == 0) {
@@ -432,7 +437,7 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
   p.summary_rows = p.chunk_rows * p.kv_heads * p.summary_slots;
   const bool turns = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
-  p.turns_keys = turns && (Streams == 1 || p.theta_interleaved == p.rope_interleaved);
+  p.turns_keys = turns && may_turn_keys(D) && (Streams == 1 || p.theta_interleaved == p.rope_interleaved);
   p.turns_queries = turns && !p.turns_keys;
   p.logit_scale = static_cast<float>(p.scale);
   p.log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
@@ -446,11 +451,12 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   auto status = map(p.k_map, p.k);
   if (status == cudaSuccess && p.boxed_queries) {
     const int64_t token = static_cast<int64_t>(p.heads) * D;
-    status = make_tensor_map(p.q_map, p.q, dtype,
-                             {4,
-                              {D, static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.tokens), 1},
-                              {D, token, token * p.tokens},
-                              {64, static_cast<uint32_t>(p.group), static_cast<uint32_t>(item_rows(Streams) / p.group), 1}});
+    status =
+        make_tensor_map(p.q_map, p.q, dtype,
+                        {4,
+                         {D, static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.tokens), 1},
+                         {D, token, token * p.tokens},
+                         {64, static_cast<uint32_t>(p.group), static_cast<uint32_t>(item_rows(Streams) / p.group), 1}});
   }
   if (status == cudaSuccess) status = map(p.v_map, p.v);
   int multiprocessors = 0;

@@ -13,25 +13,25 @@
 
 namespace coda::kernels::sm90::bounded {
 
-constexpr int kConsumers = 2;   // warpgroups
-constexpr int kBringers = 4;    // warps
-constexpr int kKeys = 128;      // of a tile
-constexpr int kQuerySets = 2;   // of this item and the next
-constexpr int kItems = 4;       // that a warp may be at while others are at another
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kBringers = 4;   // warps
+constexpr int kKeys = 128;     // of a tile
+constexpr int kQuerySets = 2;  // of this item and the next
+constexpr int kItems = 4;      // that some warp may still be at, one more being found
 
 // Tiles of keys, and of values, in shared memory.
 constexpr int stages(int dim) { return dim == 64 ? 4 : 2; }
+// At D 128 the warps that bring would have no time to turn keys.
+constexpr bool may_turn_keys(int dim) { return dim == 64; }
 // A warpgroup's 64 rows of a product are as many query rows with one stream, and with two half of them twice.
 constexpr int item_rows(int streams) { return 64 * kConsumers / streams; }
 
 struct Arguments : BoundedAttentionForward {
   unsigned row_tiles;  // of a chunk and KV head
   unsigned items;
-  int group;                // query heads of a KV head
-  uint32_t group_inverse;   // of 2^32
-  // The bank's keys and the queries that meet them are at one distance: keys are turned for that, or, where R_theta and that turn do
-  // not commute, queries.
-  bool turns_keys, turns_queries;
+  int group;                       // query heads of a KV head
+  uint32_t group_inverse;          // of 2^32
+  bool turns_keys, turns_queries;  // to the distance at which queries meet the bank: one of them, or none
   float logit_scale, log2_scale, inverse_scale, eps;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
   bool boxed_queries;    // items begin and end with whole tokens
@@ -47,18 +47,19 @@ struct Arguments : BoundedAttentionForward {
   }
 };
 
-// Query rows (token, head of the group) of one chunk and KV head. Tokens are counted from the first new one of the sequence; those before
-// it are in the ring. Tiles of keys: the window's from its first position on, then the bank's, or all of them backwards.
+// Query rows (token, head of the group) of one chunk and KV head. Tokens are counted from the first new one of the
+// sequence; those before it are in the ring. Tiles of keys: the window's from its first position on, then the bank's,
+// or all of them backwards.
 struct alignas(16) Item {
-  uint32_t line0;    // token * H + head of the chunk's first row
-  int row0, rows;    // first row of the item, and rows of its chunk
-  int seen;          // keys of the window before the chunk's first new token
+  uint32_t line0;  // token * H + head of the chunk's first row
+  int row0, rows;  // first row of the item, and rows of its chunk
+  int seen;        // keys of the window before the chunk's first new token
   int kv_head;
   int window_tiles;  // those that the item's last row sees
   int tiles;         // of window and bank; 0 ends the block
   int flags;
-  // The tiles are taken from the last one on; the item before it, or after it, has the same tiles, the other way round; some of the
-  // window's tiles are not for the copy engine.
+  // Tiles from the last one on; the item before, or after, has the same tiles the other way round; the copy engine does
+  // not bring all of the window's.
   static constexpr int kBackwards = 1, kFollows = 2, kFollowed = 4, kCopied = 8;
 
   int sequence, snapshot;
@@ -77,8 +78,8 @@ static_assert(kItemWords <= kWarp);
 __device__ inline uint32_t* words_of(Item& item) { return reinterpret_cast<uint32_t*>(&item); }
 __device__ inline const uint32_t* words_of(const Item& item) { return reinterpret_cast<const uint32_t*>(&item); }
 
-// Stages of keys, and of values, in the order of use. An item that follows another begins where that one ended and goes back through the
-// stages, in which it finds the last tiles of that one as its first.
+// Stages of keys, and of values, in the order of use. An item that follows another begins where that one ended and goes
+// back through the stages, in which it finds the last tiles of that one as its first.
 template <int Stages>
 struct Ring {
   static_assert((Stages & (Stages - 1)) == 0);
@@ -103,7 +104,7 @@ struct Ring {
 
 // What a warp that brings keeps in shared memory: such warps have few registers.
 struct Place {
-  Item item[2];               // this one, and the next, whose queries come before the keys of this one
+  Item item[2];               // this one, and the next
   int next;                   // first chunk row of the next sequence
   int length;                 // new tokens of this one
   int row0_of_sequence;       // its first chunk row
@@ -112,7 +113,7 @@ struct Place {
   int in_ring;                // tokens before it that the ring may hold
   int sequence;
   uint32_t token0;
-  int64_t first;  // position of the first new token
+  int64_t first;                    // position of the first new token
   int kv_head, snapshot, row_tile;  // of the next item
   unsigned left;                    // items from there on
   int chunks_begun;
@@ -128,9 +129,9 @@ struct Shared {
   alignas(1024) T q[kQuerySets][kRows * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  // For each warpgroup, of the heads of a group, or of its own rows.
+  // For each warpgroup that attends, of the heads of a group, or of its own rows where those are fewer.
   alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kRows / kConsumers * kThetaStride : 2];
-  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // that turn queries
+  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // of the turn of queries towards the bank
   alignas(16) float lam[kItems][kRows];
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
@@ -140,10 +141,14 @@ struct Shared {
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-// A block has a run of items of one KV head, or of two: neighbours share keys, and two row tiles of one chunk all of them.
+// A block has a run of items of one KV head, or of two: neighbours share keys, and two row tiles of one chunk all of
+// them.
 __device__ inline void start_items(const Arguments& p, Place& at) {
-  const auto bound = [&](unsigned block) { return static_cast<unsigned>(static_cast<uint64_t>(p.items) * block / gridDim.x); };
-  const unsigned first = bound(blockIdx.x), head_chunk = first / p.row_tiles, chunk_rows = static_cast<unsigned>(p.chunk_rows);
+  const auto bound = [&](unsigned block) {
+    return static_cast<unsigned>(static_cast<uint64_t>(p.items) * block / gridDim.x);
+  };
+  const unsigned first = bound(blockIdx.x), head_chunk = first / p.row_tiles,
+                 chunk_rows = static_cast<unsigned>(p.chunk_rows);
   at.left = bound(blockIdx.x + 1) - first;
   at.row_tile = static_cast<int>(first % p.row_tiles);
   at.snapshot = static_cast<int>(head_chunk % chunk_rows);
@@ -152,7 +157,8 @@ __device__ inline void start_items(const Arguments& p, Place& at) {
   __syncwarp();
 }
 // To the next item of the block, by one warp; false after the last.
-__device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, Item& item, const Item& before, bool follows) {
+__device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, Item& item, const Item& before,
+                                 bool follows) {
   const auto tiles_of = [&](int first_row) {
     return (item.seen + p.split(min(first_row + item_rows, item.rows) - 1).token + kKeys) / kKeys;
   };
@@ -172,7 +178,8 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
       const int row0 = row_tile * item_rows;
       item.row0 = row0;
       const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
-      item.flags = (before.flags & Item::kCopied) | Item::kFollows | (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0);
+      item.flags = (before.flags & Item::kCopied) | Item::kFollows | (row_tile % 2 ? Item::kBackwards : 0) |
+                   (followed ? Item::kFollowed : 0);
       __syncwarp();
       return true;
     }
@@ -219,7 +226,8 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     const bool copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
     item.tiles = item.window_tiles + (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
     const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
-    item.flags = (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0) | (copied ? Item::kCopied : 0);
+    item.flags =
+        (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0) | (copied ? Item::kCopied : 0);
     __syncwarp();
     return true;
   }
