@@ -230,7 +230,7 @@ struct Bring {
     hopper::wait(&shared.k_empty[stage], parity);
     if (bank) shared.bias[stage][mine] = row.bias * p.inverse_scale;
     copy_rows(shared.k[stage], row.key);
-    if (may_turn_keys(D) && bank && p.turns_keys) {
+    if (may_turn_keys(D, Streams) && bank && p.turns_keys) {
       ampere::commit_copies();
       ampere::wait_copies<0>();
       __syncwarp();

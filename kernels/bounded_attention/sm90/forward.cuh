@@ -417,12 +417,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   if (p.norm_weight && threadIdx.x < D)
     shared.norm_weight[threadIdx.x] = static_cast<const float*>(p.norm_weight)[threadIdx.x];
   __syncthreads();
-  // 512 registers of four threads, one of each warp of a scheduler.
   if (warpgroup == 0) {
-    hopper::lower_registers<40>();
+    hopper::lower_registers<bring_registers(D, Streams)>();
     Bring<T, D, Streams>(p, shared, warp_id()).run();
   } else {
-    hopper::raise_registers<232>();
+    hopper::raise_registers<attend_registers(D, Streams)>();
     Attend<T, D, Streams>(p, shared).run();
   }
 }
@@ -437,7 +436,7 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
   p.summary_rows = p.chunk_rows * p.kv_heads * p.summary_slots;
   const bool turns = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
-  p.turns_keys = turns && may_turn_keys(D) && (Streams == 1 || p.theta_interleaved == p.rope_interleaved);
+  p.turns_keys = turns && may_turn_keys(D, Streams) && p.theta_interleaved == p.rope_interleaved;
   p.turns_queries = turns && !p.turns_keys;
   p.logit_scale = static_cast<float>(p.scale);
   p.log2_scale = static_cast<float>(p.scale * 1.4426950408889634);

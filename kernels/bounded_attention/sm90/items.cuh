@@ -21,8 +21,11 @@ constexpr int kItems = 4;      // that some warp may still be at, one more being
 
 // Tiles of keys, and of values, in shared memory.
 constexpr int stages(int dim) { return dim == 64 ? 4 : 2; }
-// At D 128 the warps that bring would have no time to turn keys.
-constexpr bool may_turn_keys(int dim) { return dim == 64; }
+// Where there are two streams and rows are short, the warps that bring have the time to turn the bank's keys.
+constexpr bool may_turn_keys(int dim, int streams) { return dim == 64 && streams == 2; }
+// Of a thread that brings. At D 128 two streams take all that those can spare who attend.
+constexpr int bring_registers(int dim, int streams) { return dim == 128 && streams == 2 ? 40 : 56; }
+constexpr int attend_registers(int dim, int streams) { return (504 - bring_registers(dim, streams)) / 2; }
 // A warpgroup's 64 rows of a product are as many query rows with one stream, and with two half of them twice.
 constexpr int item_rows(int streams) { return 64 * kConsumers / streams; }
 
