@@ -1,96 +1,202 @@
 #pragma once
 
-// One block: a warpgroup that brings keys and values, one that brings queries, and two that attend, 64 query rows each. With two streams
-// these are the same rows, in q and in R_theta q; with one, neighbouring ones. README.md has the reasons.
+// One block: a warpgroup that brings queries, keys and values, and two that attend. With two streams such a warpgroup
+// has 32 query rows twice, in q and in R_theta q; with one, 64. README.md has the reasons.
 
 #include "../../common/wgmma.cuh"
 #include "../../diff_attention/sm90/tiles.cuh"
-#include "bring_keys.cuh"
-#include "bring_queries.cuh"
+#include "bring.cuh"
 
 namespace coda::kernels::sm90::bounded {
 
-// One consumer warpgroup: one online softmax for each item, over its bank and then its window. Tiles of all items run in one stream,
-// so that the first logits of an item are computed while the item before it ends.
+__device__ inline Angle<float> angle_of_theta(float theta) {
+  const float turns = rintf(theta * 0.15915494f);
+  const float x = fmaf(turns, 1.7484555e-7f, fmaf(turns, -6.2831855f, theta));
+  return {__cosf(x), __sinf(x)};
+}
+
+// One warpgroup that attends: an online softmax for each item. Tiles of all items run in one stream, so that the first
+// logits of an item are computed while the one before it ends. A thread has two rows of every product, eight apart:
+// with two streams they are one query in both, so that o1 - lam o2 and its norm need nobody else.
 template <class T, int D, int Streams>
 struct Attend {
   using Memory = Shared<T, D, Streams>;
+  static constexpr int kOwn = 2 / Streams;  // query rows of a thread
   const Arguments& p;
   Memory& shared;
-  const int warpgroup, stream;
-  unsigned keys_taken = 0, queries_taken = 0;  // tiles of logits begun before this one; sets of queries
+  unsigned items = 0;
 
-  // Of this thread's two rows, eight apart.
   struct Rows {
-    uint32_t line[2];  // token * H + head; kNoLine past the end of the chunk
-    float peak[2], total[2];  // of this thread's columns
+    uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
+    float total[2];       // of this thread's columns; after the item's last tile, the inverse of all columns'
+    float ratio;          // then: see finish
   };
   static constexpr uint32_t kNoLine = 0xffffffffu;
   Rows rows;
-  int visible[2];  // leading keys of the window that each row sees
-  int bank_tiles, tiles, tile;
+  float peak[2];
+  int visible[kOwn];                     // leading keys of the window that each row sees
+  int tiles, window_tiles, step, flags;  // of the item, and where it is
+  int theta_head = -1;
+  const Angle<float>* theta;  // of this thread's row
+
+  uint32_t q[D / 16][4];
   float o[D / 2];
 
-  __device__ Attend(const Arguments& arguments, Memory& memory, int group)
-      : p(arguments), shared(memory), warpgroup(group), stream(Streams == 2 ? group : 0) {}
+  __device__ Attend(const Arguments& arguments, Memory& memory) : p(arguments), shared(memory) {}
 
-  __device__ static int stage_of(unsigned n) { return n % Memory::kStages; }
-  __device__ static uint32_t parity_of(unsigned n) { return n / Memory::kStages % 2; }
-  __device__ int query_set() const { return queries_taken % kQuerySets; }
-  __device__ void wait_queries() { hopper::wait(&shared.q_full[query_set()], queries_taken / kQuerySets % 2); }
+  __device__ int tile() const { return flags & Item::kBackwards ? tiles - 1 - step : step; }
+  __device__ bool at_bank() const { return tile() >= window_tiles; }
+
+  __device__ static int consumer() { return threadIdx.x / hopper::kWarpgroup - 1; }
+  // This thread's first row within an item.
+  __device__ static int row0() { return (warp_id() - kBringers) * 8 * kOwn + lane_id() / 4; }
+
+  // Where the keys and values of a tile are, in one register.
+  struct Position {
+    int packed;
+    __device__ int stage() const { return packed >> 2; }
+    __device__ uint32_t parity() const { return packed & 1; }
+    __device__ bool keep() const { return packed & 2; }  // for the next item
+  };
+  Ring<Memory::kStages> ring;
+  __device__ Position next_position() {
+    ring.advance(ring.fresh(flags & Item::kFollows, step));
+    return {ring.stage << 2 | ring.keeps(flags & Item::kFollowed, step, tiles) << 1 | static_cast<int>(ring.parity())};
+  }
+
+  __device__ static void release(uint64_t* empty, bool really = true) {
+    __syncwarp();
+    hopper::arrive_if(empty, really && lane_id() == 0);
+  }
 
   // False after the last item.
   __device__ bool take_item() {
-    wait_queries();
-    const Item& item = shared.item[query_set()];
-    tile = 0;
+    hopper::wait(&shared.q_full[items % kQuerySets], items / kQuerySets % 2);
+    const Item& item = shared.item[items++ % kItems];
+    step = 0;
     tiles = item.tiles;
     if (tiles == 0) return false;
-    bank_tiles = item.bank_tiles;
-    const int row0 = item.row0 + (Streams == 2 ? 0 : warpgroup * kRows) + threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() / 4;
+    window_tiles = item.window_tiles;
+    flags = item.flags;
+    ring.begin(flags & Item::kFollows);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int r = row0 + 8 * i;
+      peak[i] = neg_inf<float>();
+      rows.total[i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int r = item.row0 + row0() + 8 * i;
       const auto at = p.split(r);
       const bool real = r < item.rows;
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
-      if (stream == 1 && real) asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const float*>(p.lam) + rows.line[i]));
-      rows.peak[i] = neg_inf<float>();
-      rows.total[i] = 0.0f;
       visible[i] = item.seen + at.token + 1;
+      if (Streams == 2) {
+        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item);
+        theta = shared.theta[consumer()] + (p.group > kThetas ? row0() % kThetas : at.head) * Memory::kThetaStride;
+      }
     }
     return true;
   }
 
-  __device__ void wait_keys() {
-    if (p.turned && tile == bank_tiles) wait_queries();
-    hopper::wait(&shared.k_full[stage_of(keys_taken)], parity_of(keys_taken));
+  // The angles of the heads of a group, or of this warpgroup's rows where those are fewer.
+  static constexpr int kThetas = Memory::kRows / kConsumers;
+  __device__ void write_theta(const Item& item) {
+    theta_head = item.kv_head;
+    hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
+    const bool by_row = p.group > kThetas;
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2);
+         i += hopper::kWarpgroup) {
+      const int place = i / (D / 2), pair = i % (D / 2);
+      const int head =
+          item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetas + place).head : place);
+      shared.theta[consumer()][place * Memory::kThetaStride + pair] =
+          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
+    }
+    hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
   }
 
-  __device__ void start_logits(float (&s)[kKeys / 2]) {
-    const int stage = stage_of(keys_taken);
-    const auto q = hopper::rows_descriptor(shared.q[query_set()][warpgroup]);
-    const auto k = hopper::rows_descriptor(shared.k[stage]);
+  // Of one row this thread has columns 8 w + 2 (lane % 4) and the next, for all w: both elements of every plane, of
+  // either pairing.
+  __device__ static void turn_plane(float& a, float& b, float cos, float sin) {
+    const float turned = fmaf(a, cos, -(b * sin));
+    b = fmaf(a, sin, b * cos);
+    a = turned;
+  }
+  __device__ static void turn(float (&x)[D / 4], bool interleaved, const Angle<float>* angles) {
+    if (interleaved) {
+#pragma unroll
+      for (int w = 0; w < D / 8; ++w) {
+        const float2 angle = *reinterpret_cast<const float2*>(angles + 4 * w + lane_id() % 4);
+        turn_plane(x[2 * w], x[2 * w + 1], angle.x, angle.y);
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < D / 16; ++w) {
+        const float4 two = *reinterpret_cast<const float4*>(angles + 8 * w + lane_id() % 4 * 2);
+        turn_plane(x[2 * w], x[2 * w + D / 8], two.x, two.y);
+        turn_plane(x[2 * w + 1], x[2 * w + 1 + D / 8], two.z, two.w);
+      }
+    }
+  }
+
+  // The item's queries to the register operand, as the tile meets them.
+  __device__ void load_queries() {
+    const int set = (items - 1) % kQuerySets;
+    const bool turned = p.turns_queries && at_bank();
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float x[D / 4];
+#pragma unroll
+      for (int block = 0; block < D / 32; ++block) {
+        uint32_t words[4];
+        const int row = row0() - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
+        load_matrices(words, reinterpret_cast<const unsigned char*>(shared.q[set]) + packet / 8 * Memory::kRows * 128 +
+                                 hopper::swizzled(row, packet % 8));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
+          const float2 y = unpack<T>(words[j]);
+          x[8 * block + 2 * j] = y.x;
+          x[8 * block + 2 * j + 1] = y.y;
+        }
+      }
+      if (turned) {
+        turn(x, p.rope_interleaved, shared.bank_angles[shared.item[(items - 1) % kItems].chunk_slot]);
+#pragma unroll
+        for (int w = 0; w < D / 8; ++w) q[w / 2][i + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
+      }
+      if (Streams == 2) {
+        turn(x, p.theta_interleaved, theta);
+#pragma unroll
+        for (int w = 0; w < D / 8; ++w) q[w / 2][1 + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
+      }
+    }
+    release(&shared.q_empty[set], !p.turns_queries || step > 0);
+  }
+
+  __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
+    wait_tile(&shared.k_full[at.stage()], at.parity());
+    const auto k = hopper::rows_descriptor(shared.k[at.stage()]);
     hopper::begin_products();
 #pragma unroll
     for (int block = 0; block < D / 16; ++block) {
-      hopper::multiply<T, 0, 0>(s, q + (block / 4 * kRows * 8 + block % 4 * 2), k + (block / 4 * kKeys * 8 + block % 4 * 2),
-                                block > 0);
+      hopper::multiply<T, 0>(s, q[block], k + (block / 4 * kKeys * 8 + block % 4 * 2), block > 0);
     }
     hopper::commit_products();
   }
-
-  __device__ void release(uint64_t* empty) {
-    __syncwarp();
-    if (lane_id() == 0) hopper::arrive(empty);
+  // Copies by lanes belong to the generic proxy, and products read through the asynchronous one.
+  __device__ void wait_tile(uint64_t* full, uint32_t parity) const {
+    hopper::wait(full, parity);
+    if (flags & Item::kCopied || at_bank()) hopper::fence_async_proxy();
   }
 
   // After the wait for them: adds the slots' bias, or takes away keys that a row does not see.
-  __device__ void finish_logits(float (&s)[kKeys / 2]) {
+  __device__ void finish_logits(float (&s)[kKeys / 2], Position at) {
     hopper::pin(s);
     const int column = lane_id() % 4 * 2;
-    if (tile < bank_tiles) {
-      const float* bias = shared.bias[stage_of(keys_taken)] + column;
+    if (at_bank()) {
+      const float* bias = shared.bias[at.stage()] + column;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; ++i) {
         const float2 b = *reinterpret_cast<const float2*>(bias + 8 * i);
@@ -99,27 +205,25 @@ struct Attend {
         s[4 * i + 2] += b.x;
         s[4 * i + 3] += b.y;
       }
-    }
-    release(&shared.k_empty[stage_of(keys_taken)]);
-    ++keys_taken;
-    if (tile + 1 == tiles || (p.turned && tile + 1 == bank_tiles)) {
-      release(&shared.q_empty[query_set()]);
-      ++queries_taken;
-    }
-    if (tile < bank_tiles) return;
-    const int key0 = (tile - bank_tiles) * kKeys;
+    } else {
+      int seen[kOwn];  // from this thread's first column on
 #pragma unroll
-    for (int part = 0; part < kKeys; part += 32) {
-      if (key0 + part + 32 <= visible[0]) continue;
+      for (int i = 0; i < kOwn; ++i) seen[i] = visible[i] - tile() * kKeys - column;
 #pragma unroll
-      for (int i = part / 2; i < part / 2 + 16; ++i) {
-        if (key0 + column + i / 4 * 8 + i % 2 >= visible[i % 4 / 2]) s[i] = neg_inf<float>();
+      for (int part = 0; part < kKeys; part += 64) {
+        if (__all_sync(kAllLanes, part + 57 < seen[0])) continue;
+#pragma unroll
+        for (int i = part / 2; i < part / 2 + 32; ++i) {
+          if (i / 4 * 8 + i % 2 >= seen[i % 4 / 2 * (kOwn - 1)]) s[i] = neg_inf<float>();
+        }
       }
     }
+    release(&shared.k_empty[at.stage()], !at.keep());
   }
 
-  // Logits to weights relative to the peaks; returns how much earlier weights shrink. A peak that grows by less than a factor of 2^8 in
-  // the weights stays as it is: weights are floating-point numbers, and rescaling the output would cost more.
+  // Logits to weights relative to the peaks; returns how much earlier weights shrink. A peak that grows by less than a
+  // factor of 2^8 in the weights stays as it is: weights are floating-point numbers, and rescaling the output would
+  // cost more.
   __device__ float2 absorb(float (&s)[kKeys / 2]) {
     float top[2][2];
 #pragma unroll
@@ -136,11 +240,10 @@ struct Attend {
       float x = fmaxf(top[row][0], top[row][1]);
       x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
       x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-      float& peak = rows.peak[row];
-      const bool grows = (x - peak) * p.log2_scale > 8.0f;
-      shrink[row] = grows ? exp2_approximate((peak - x) * p.log2_scale) : 1.0f;
-      if (grows) peak = x;
-      base[row] = peak == neg_inf<float>() ? 0.0f : peak * p.log2_scale;
+      const bool grows = (x - peak[row]) * p.log2_scale > 8.0f;
+      shrink[row] = grows ? exp2_approximate((peak[row] - x) * p.log2_scale) : 1.0f;
+      if (grows) peak[row] = x;
+      base[row] = peak[row] == neg_inf<float>() ? 0.0f : peak[row] * p.log2_scale;
     }
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i) {
@@ -165,10 +268,9 @@ struct Attend {
     for (int i = 0; i < D / 2; ++i) o[i] *= i % 4 < 2 ? by.x : by.y;
   }
 
-  // Of tile `n` of this block.
-  __device__ void start_output(unsigned n, const uint32_t (&weights)[kKeys / 16][4], bool add) {
-    hopper::wait(&shared.v_full[stage_of(n)], parity_of(n));
-    const auto v = hopper::columns_descriptor(shared.v[stage_of(n)], kKeys * 128);
+  __device__ void start_output(Position at, const uint32_t (&weights)[kKeys / 16][4], bool add) {
+    wait_tile(&shared.v_full[at.stage()], at.parity());
+    const auto v = hopper::columns_descriptor(shared.v[at.stage()], kKeys * 128);
     hopper::begin_products();
 #pragma unroll
     for (int block = 0; block < kKeys / 16; ++block) {
@@ -177,164 +279,121 @@ struct Attend {
     hopper::commit_products();
   }
 
-  __device__ void finish_output(unsigned n) {
-    hopper::wait_products<0>();
-    hopper::pin(o);
-    release(&shared.v_empty[stage_of(n)]);
-  }
-
   __device__ void run() {
     if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
-    wait_keys();
-    start_logits(s);
-    hopper::wait_products<0>();
-    finish_logits(s);
-    absorb(s);
-    pack_operand<T>(weights, s);
-    bool begun = false;  // o holds earlier tiles of the item
-    Rows done;
+    Rows ended;  // whose output is in o
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) ended.line[i] = kNoLine;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+    Position before{2}, now = next_position();
+    load_queries();
+    hopper::pin(o);
+    start_logits(s, now);
     while (true) {
-      const bool last = tile + 1 == tiles;
-      if (last) {
-        done = rows;
+      hopper::wait_products<0>();
+      hopper::pin(o);
+      release(&shared.v_empty[before.stage()], !before.keep());
+      finish_logits(s, now);
+      const float2 shrink = absorb(s);
+      pack_operand<T>(weights, s);
+      const bool begun = step > 0;
+      if (begun) {
+        shrink_output(shrink);
+      } else {
+        finish(ended);
+      }
+      start_output(now, weights, begun);
+      before = now;
+      // The next logits come in the same wait.
+      bool other_queries = true;
+      if (++step == tiles) {
+        invert_totals();
+        ended = rows;
         if (!take_item()) break;
       } else {
-        ++tile;
+        other_queries = p.turns_queries && tile() == (flags & Item::kBackwards ? window_tiles - 1 : window_tiles);
       }
-      // The logits of one tile are computed while the weights of the one before it meet their values. The warpgroups take turns, the
-      // second first: items are too short for them to fall out of step by themselves, and the first waits for the second's output.
-      wait_keys();
-      hopper::sync_threads(kTurn + warpgroup, 2 * hopper::kWarpgroup);
-      start_logits(s);
-      start_output(keys_taken - 1, weights, begun);
-      hopper::arrive_threads(kTurn + 1 - warpgroup, 2 * hopper::kWarpgroup);
-      hopper::wait_products<1>();
-      finish_logits(s);
-      const float2 shrink = absorb(s);
-      // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
-      __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
-      finish_output(keys_taken - 2);
-      if (last) {
-        finish(done);
-      } else {
-        shrink_output(shrink);
-      }
-      pack_operand<T>(weights, s);
-      begun = !last;
+      if (other_queries) load_queries();
+      now = next_position();
+      start_logits(s, now);
     }
-    start_output(keys_taken - 1, weights, begun);
-    finish_output(keys_taken - 1);
-    finish(done);
+    hopper::wait_products<0>();
+    hopper::pin(o);
+    finish(ended);
   }
 
-  // Outputs of the warp's 16 rows, element i of this thread's being value(i), through `stage`: what leaves registers in pairs of columns
-  // goes out in whole rows.
+  // Element i of a row's D / 4 of this thread being value(i). Four lanes exchange words so that each stores 16 bytes.
   template <class Value>
-  __device__ void store(const Rows& done, void* to, unsigned char* stage, Value value) const {
-    constexpr int kPackets = D / kPacket, kRowsAtOnce = kWarp / kPackets;
-    const int lane = lane_id();
-    const auto packet_of = [&](int row, int packet) { return stage + row * (D * 2) + ((packet ^ (row & 7)) << 4); };
-    __syncwarp();
+  __device__ void store(void* to, uint32_t line, Value value) const {
 #pragma unroll
-    for (int block = 0; block < D / 16; ++block) {
+    for (int block = 0; block < D / 32; ++block) {
       uint32_t x[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = pack<T>(value(8 * block + 2 * i), value(8 * block + 2 * i + 1));
-      store_matrices(packet_of(lane % 16, 2 * block + lane / 16), x[0], x[1], x[2], x[3]);
+      for (int j = 0; j < 4; ++j) x[j] = pack<T>(value(8 * block + 2 * j), value(8 * block + 2 * j + 1));
+      transpose_quad(x);
+      if (line != kNoLine) {
+        reinterpret_cast<uint4*>(static_cast<T*>(to) + static_cast<int64_t>(line) * D)[block * 4 + lane_id() % 4] =
+            uint4{x[0], x[1], x[2], x[3]};
+      }
     }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
-      const int row = i * kRowsAtOnce + lane / kPackets, packet = lane % kPackets;
-      const uint32_t line = __shfl_sync(kAllLanes, done.line[i * kRowsAtOnce / 8], row % 8 * 4);
-      if (line == kNoLine) continue;
-      reinterpret_cast<uint4*>(static_cast<T*>(to) + static_cast<int64_t>(line) * D)[packet] =
-          *reinterpret_cast<const uint4*>(packet_of(row, packet));
-    }
-    __syncwarp();
   }
 
-  __device__ void finish(Rows& done) {
-    float inverse[2];
+  // After the item's last tile.
+  __device__ void invert_totals() {
+    float sum[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float& sum = done.total[row];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      inverse[row] = sum > 0.0f ? 1.0f / sum : 0.0f;
-      if (p.lse && done.line[row] != kNoLine && lane_id() % 4 == 0) {
-        const float lse = sum > 0.0f ? done.peak[row] * p.logit_scale + logf(sum) : neg_inf<float>();
-        static_cast<float*>(p.lse)[stream * p.tokens * p.heads + done.line[row]] = lse;
+    for (int i = 0; i < 2; ++i) {
+      sum[i] = rows.total[i];
+      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
+      rows.total[i] = sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
+      const uint32_t line = rows.line[i * (kOwn - 1)];
+      if (p.lse && line != kNoLine && lane_id() % 4 == 0) {
+        const float lse = sum[i] > 0.0f ? peak[i] * p.logit_scale + logf(sum[i]) : neg_inf<float>();
+        static_cast<float*>(p.lse)[(Streams == 2 ? i * p.tokens * p.heads : 0) + line] = lse;
       }
     }
-    // With two streams, lam o2 goes from a warp of the second to the same warp of the first as its registers lie; the first uses the
-    // place as its stage, then gives it back.
-    const int warp = threadIdx.x % hopper::kWarpgroup / kWarp;
-    unsigned char* stage = shared.exchange + (Streams == 2 ? warp * 16 * D * 4 : (warpgroup * 4 + warp) * 16 * D * 2);
-    auto* second = reinterpret_cast<float4*>(stage) + lane_id();
-    if (stream == 1) {
-      hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
-      if (p.o2) store(done, p.o2, stage, [&](int i) { return o[i] * inverse[i % 4 / 2]; });
-      float factor[2];
+    if (Streams == 2) rows.ratio = shared.lam[(items - 1) % kItems][row0()] * rows.total[1] * sum[0];
+  }
+
+  // y = scale (o1 - ratio o2) of what the products gave, where scale is the first stream's inverse total and, under the
+  // norm, 1 / rms.
+  __device__ void finish(const Rows& done) const {
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        factor[row] = done.line[row] == kNoLine ? 0.0f : inverse[row] * static_cast<const float*>(p.lam)[done.line[row]];
-      }
+    for (int i = 0; i < kOwn; ++i) {
+      const uint32_t line = done.line[i];
+      const auto of = [&](int row, int e) { return o[e / 2 * 4 + 2 * row + e % 2]; };
+      float scale = done.total[i];
+      float y[D / 4];
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        second[i * kWarp] = float4{o[4 * i] * factor[0], o[4 * i + 1] * factor[0], o[4 * i + 2] * factor[1], o[4 * i + 3] * factor[1]};
-      }
-      hopper::arrive_threads(kSecondFull, 2 * hopper::kWarpgroup);
-      return;
-    }
-    if (Streams == 2) {
-      hopper::sync_threads(kSecondFull, 2 * hopper::kWarpgroup);
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        const float4 x = second[i * kWarp];
-        o[4 * i] = fmaf(o[4 * i], inverse[0], -x.x);
-        o[4 * i + 1] = fmaf(o[4 * i + 1], inverse[0], -x.y);
-        o[4 * i + 2] = fmaf(o[4 * i + 2], inverse[1], -x.z);
-        o[4 * i + 3] = fmaf(o[4 * i + 3], inverse[1], -x.w);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) o[i] *= inverse[i % 4 / 2];
-    }
-    if (p.norm_weight) {
-      if (p.diff) store(done, p.diff, stage, [&](int i) { return o[i]; });
-      float rstd[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
+      for (int e = 0; e < D / 4; ++e) y[e] = Streams == 2 ? fmaf(of(1, e), -done.ratio, of(0, e)) : of(i, e);
+      if (Streams == 2 && p.o2) store(p.o2, line, [&](int e) { return of(1, e) * done.total[1]; });
+      if (p.norm_weight) {
+        if (p.diff) store(p.diff, line, [&](int e) { return y[e] * scale; });
         float square[2] = {};
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) square[e] = fmaf(o[4 * i + 2 * row + e], o[4 * i + 2 * row + e], square[e]);
-        }
+        for (int e = 0; e < D / 4; ++e) square[e % 2] = fmaf(y[e], y[e], square[e % 2]);
         float sum = square[0] + square[1];
         sum += __shfl_xor_sync(kAllLanes, sum, 1);
         sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        rstd[row] = rsqrtf(sum / D + p.eps);
-      }
-      const float* weight = shared.norm_weight + lane_id() % 4 * 2;
+        scale *= rsqrtf(sum * scale * scale / D + p.eps);
+        const float* weight = shared.norm_weight + lane_id() % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        const float2 w = *reinterpret_cast<const float2*>(weight + 8 * i);
-        o[4 * i] *= rstd[0] * w.x;
-        o[4 * i + 1] *= rstd[0] * w.y;
-        o[4 * i + 2] *= rstd[1] * w.x;
-        o[4 * i + 3] *= rstd[1] * w.y;
+        for (int w = 0; w < D / 8; ++w) {
+          const float2 by = *reinterpret_cast<const float2*>(weight + 8 * w);
+          y[2 * w] *= by.x;
+          y[2 * w + 1] *= by.y;
+        }
       }
+      store(p.y, line, [&](int e) { return y[e] * scale; });
     }
-    store(done, p.y, stage, [&](int i) { return o[i]; });
-    if (Streams == 2) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
   }
 };
 
-constexpr int kThreads = hopper::kWarpgroup * (2 + kConsumers);
+constexpr int kThreads = hopper::kWarpgroup * (1 + kConsumers);
 
 template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Arguments p) {
@@ -342,35 +401,28 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   auto& shared = *reinterpret_cast<Shared<T, D, Streams>*>(memory);
   const int warpgroup = threadIdx.x / hopper::kWarpgroup;
   if (threadIdx.x == 0) {
-    constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp;
+    constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp, kArrivals = Bring<T, D, Streams>::kArrivals;
     for (int set = 0; set < kQuerySets; ++set) {
-      hopper::init_barrier(&shared.q_full[set], hopper::kWarpgroup / kWarp);
+      hopper::init_barrier(&shared.q_full[set], kArrivals);
       hopper::init_barrier(&shared.q_empty[set], kWarps);
     }
     for (int stage = 0; stage < stages(D); ++stage) {
-      hopper::init_barrier(&shared.k_full[stage], kBringers);
-      hopper::init_barrier(&shared.v_full[stage], kBringers);
+      hopper::init_barrier(&shared.k_full[stage], kArrivals);
+      hopper::init_barrier(&shared.v_full[stage], kArrivals);
       hopper::init_barrier(&shared.k_empty[stage], kWarps);
       hopper::init_barrier(&shared.v_empty[stage], kWarps);
     }
     hopper::fence_barrier_init();
   }
-  if (p.norm_weight && threadIdx.x < D) shared.norm_weight[threadIdx.x] = static_cast<const float*>(p.norm_weight)[threadIdx.x];
+  if (p.norm_weight && threadIdx.x < D)
+    shared.norm_weight[threadIdx.x] = static_cast<const float*>(p.norm_weight)[threadIdx.x];
   __syncthreads();
-  // 512 registers of four threads, one of each warpgroup.
   if (warpgroup == 0) {
-    hopper::lower_registers<48>();
-    BringKeys<T, D, Streams>(p, shared, warp_id()).run();
-  } else if (warpgroup == 1) {
-    hopper::lower_registers<64>();
-    BringQueries<T, D, Streams>(p, shared).run();
+    hopper::lower_registers<bring_registers(D, Streams)>();
+    Bring<T, D, Streams>(p, shared, warp_id()).run();
   } else {
-    hopper::raise_registers<200>();
-    Attend<T, D, Streams> attend(p, shared, warpgroup - 2);
-    // The exchange is empty.
-    if (Streams == 2 && warpgroup == 2) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
-    if (warpgroup == 2) hopper::arrive_threads(kTurn + 1, 2 * hopper::kWarpgroup);
-    attend.run();
+    hopper::raise_registers<attend_registers(D, Streams)>();
+    Attend<T, D, Streams>(p, shared).run();
   }
 }
 
@@ -383,7 +435,9 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   p.group = p.heads / p.kv_heads;
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
   p.summary_rows = p.chunk_rows * p.kv_heads * p.summary_slots;
-  p.turned = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
+  const bool turns = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
+  p.turns_keys = turns && may_turn_keys(D, Streams) && p.theta_interleaved == p.rope_interleaved;
+  p.turns_queries = turns && !p.turns_keys;
   p.logit_scale = static_cast<float>(p.scale);
   p.log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
   p.inverse_scale = static_cast<float>(1.0 / p.scale);
@@ -392,7 +446,17 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
     const Strides strides{0, static_cast<int64_t>(p.kv_heads) * D, D};
     return make_tensor_map(to, base, dtype, head_tile(D, p.kv_heads, p.tokens, 1, strides, kKeys));
   };
+  p.boxed_queries = item_rows(Streams) % p.group == 0;
   auto status = map(p.k_map, p.k);
+  if (status == cudaSuccess && p.boxed_queries) {
+    const int64_t token = static_cast<int64_t>(p.heads) * D;
+    status =
+        make_tensor_map(p.q_map, p.q, dtype,
+                        {4,
+                         {D, static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.tokens), 1},
+                         {D, token, token * p.tokens},
+                         {64, static_cast<uint32_t>(p.group), static_cast<uint32_t>(item_rows(Streams) / p.group), 1}});
+  }
   if (status == cudaSuccess) status = map(p.v_map, p.v);
   int multiprocessors = 0;
   if (status == cudaSuccess) status = multiprocessor_count(multiprocessors);

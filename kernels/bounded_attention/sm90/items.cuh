@@ -13,25 +13,32 @@
 
 namespace coda::kernels::sm90::bounded {
 
-constexpr int kRows = 64;       // query rows of a consumer warpgroup
-constexpr int kConsumers = 2;   // warpgroups
-constexpr int kKeys = 128;      // of a tile
-constexpr int kQuerySets = 2;   // queries as the bank meets them, and as the window does
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kBringers = 4;   // warps
+constexpr int kKeys = 128;     // of a tile
+constexpr int kQuerySets = 2;  // of this item and the next
+constexpr int kItems = 4;      // that some warp may still be at, one more being found
 
 // Tiles of keys, and of values, in shared memory.
 constexpr int stages(int dim) { return dim == 64 ? 4 : 2; }
-// With two streams both warpgroups have the same rows.
-constexpr int item_rows(int streams) { return kRows * kConsumers / streams; }
+// Where there are two streams and rows are short, the warps that bring have the time to turn the bank's keys.
+constexpr bool may_turn_keys(int dim, int streams) { return dim == 64 && streams == 2; }
+// Of a thread that brings. At D 128 two streams take all that those can spare who attend.
+constexpr int bring_registers(int dim, int streams) { return dim == 128 && streams == 2 ? 40 : 56; }
+constexpr int attend_registers(int dim, int streams) { return (504 - bring_registers(dim, streams)) / 2; }
+// A warpgroup's 64 rows of a product are as many query rows with one stream, and with two half of them twice.
+constexpr int item_rows(int streams) { return 64 * kConsumers / streams; }
 
 struct Arguments : BoundedAttentionForward {
   unsigned row_tiles;  // of a chunk and KV head
   unsigned items;
-  int group;                // query heads of a KV head
-  uint32_t group_inverse;   // of 2^32
-  bool turned;              // the bank meets other queries than the window
+  int group;                       // query heads of a KV head
+  uint32_t group_inverse;          // of 2^32
+  bool turns_keys, turns_queries;  // to the distance at which queries meet the bank: one of them, or none
   float logit_scale, log2_scale, inverse_scale, eps;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
-  CUtensorMap k_map, v_map;
+  bool boxed_queries;    // items begin and end with whole tokens
+  CUtensorMap q_map, k_map, v_map;
 
   // r / group and r % group for rows of an item, without a division.
   struct TokenHead {
@@ -43,64 +50,143 @@ struct Arguments : BoundedAttentionForward {
   }
 };
 
-// 64 query rows, or 128 with one stream, of one chunk and KV head. Tokens are counted from the first new one of the sequence; those
-// before it are in the ring.
-struct Item {
-  int snapshot, kv_head;
-  uint32_t line0;    // token * H + head of the chunk's first row
-  int row0, rows;    // first row of the item, and rows of its chunk
-  int chunk_start;   // negative where the chunk began before the call
+// Query rows (token, head of the group) of one chunk and KV head. Tokens are counted from the first new one of the
+// sequence; those before it are in the ring. Tiles of keys: the window's from its first position on, then the bank's,
+// or all of them backwards.
+struct alignas(16) Item {
+  uint32_t line0;  // token * H + head of the chunk's first row
+  int row0, rows;  // first row of the item, and rows of its chunk
+  int seen;        // keys of the window before the chunk's first new token
+  int kv_head;
+  int window_tiles;  // those that the item's last row sees
+  int tiles;         // of window and bank; 0 ends the block
+  int flags;
+  // Tiles from the last one on; the item before, or after, has the same tiles the other way round; the copy engine does
+  // not bring all of the window's.
+  static constexpr int kBackwards = 1, kFollows = 2, kFollowed = 4, kCopied = 8;
+
+  int sequence, snapshot;
+  uint32_t token0;   // of the sequence, over all sequences
   int chunk_end;     // one past its last new token
   int window_begin;  // first token that the window holds
   int ring_begin;    // the slot that holds it, if it is in the ring
-  int seen;          // keys of the window before the chunk's first new token
-  int keys;          // keys of the window that the item's last row sees
-  int bank_tiles;
-  int tiles;  // of bank and window; 0 ends the block
+  int keys;          // keys of the window
+  int first_token;   // of the chunk, over all sequences
+  int chunk_slot;    // where its angles are
+  int64_t position;  // of the chunk's first token in the sequence
 };
 
-// kAngles among those that bring queries, the others among those that attend; kTurn is the first of two, one for each warpgroup.
-enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kAngles, kTurn };
+constexpr int kItemWords = sizeof(Item) / 4;
+static_assert(kItemWords <= kWarp);
+__device__ inline uint32_t* words_of(Item& item) { return reinterpret_cast<uint32_t*>(&item); }
+__device__ inline const uint32_t* words_of(const Item& item) { return reinterpret_cast<const uint32_t*>(&item); }
 
-// An item and its sequence, as a warp that brings them keeps it in shared memory: such warps have few registers.
-struct Place : Item {
+// Stages of keys, and of values, in the order of use. An item that follows another begins where that one ended and goes
+// back through the stages, in which it finds the last tiles of that one as its first.
+template <int Stages>
+struct Ring {
+  static_assert((Stages & (Stages - 1)) == 0);
+  int stage = 0, direction = 1;
+  uint32_t parities = ~0u;  // of the tiles that the stages hold, a bit each
+
+  __device__ void begin(bool follows) {
+    if (!follows) return;
+    direction = -direction;
+    stage -= direction;
+  }
+  // To the stage of the item's next tile.
+  __device__ void advance(bool fresh) {
+    stage = (stage + direction) & (Stages - 1);
+    parities ^= static_cast<uint32_t>(fresh) << stage;
+  }
+  __device__ uint32_t parity() const { return parities >> stage & 1; }
+  // Tile number `step` of an item is there already, or is left for the next one.
+  __device__ static bool fresh(bool follows, int step) { return !follows || step >= Stages; }
+  __device__ static bool keeps(bool followed, int step, int tiles) { return followed && step >= tiles - Stages; }
+};
+
+// What a warp that brings keeps in shared memory: such warps have few registers.
+struct Place {
+  Item item[2];               // this one, and the next
+  int next;                   // first chunk row of the next sequence
+  int length;                 // new tokens of this one
+  int row0_of_sequence;       // its first chunk row
+  int chunks;                 // chunk rows in use
+  int into_chunk, into_ring;  // position of the first new token, modulo C and W
+  int in_ring;                // tokens before it that the ring may hold
   int sequence;
-  uint32_t token0;             // over all sequences
-  int length;                  // new tokens
-  int row0_of_sequence;        // its first chunk row
-  int chunks;                  // chunk rows in use
-  int next;                    // first chunk row of the next sequence
-  int into_chunk, into_ring;   // position of the first new token, modulo C and W
-  int in_ring;                 // tokens before it that the ring may hold
+  uint32_t token0;
+  int64_t first;                    // position of the first new token
+  int kv_head, snapshot, row_tile;  // of the next item
+  unsigned left;                    // items from there on
+  int chunks_begun;
 };
+
+enum NamedBarrier { kTheta = 1 };  // the first of two, one for each warpgroup
 
 template <class T, int D, int Streams>
 struct Shared {
-  static constexpr int kStages = stages(D);
-  alignas(1024) T q[kQuerySets][kConsumers][kRows * D];
+  static constexpr int kStages = stages(D), kRows = item_rows(Streams);
+  // Angles of a head, a stride that puts neighbouring heads in different banks.
+  static constexpr int kThetaStride = D / 2 + 8;
+  alignas(1024) T q[kQuerySets][kRows * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  alignas(128) unsigned char exchange[kRows * D * 4];      // outputs on their way: see Attend::finish
-  alignas(16) float bias[kStages][kKeys];                  // of the bank's slots, as a share of the logit before its scale
-  alignas(16) Angle<float> bank_angles[D / 2];
+  // For each warpgroup that attends, of the heads of a group, or of its own rows where those are fewer.
+  alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kRows / kConsumers * kThetaStride : 2];
+  alignas(16) Angle<float> bank_angles[kItems][D / 2];  // of the turn of queries towards the bank
+  alignas(16) float lam[kItems][kRows];
+  alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
-  Item item[kQuerySets];  // each beside its first set of queries
-  Place place[2 * hopper::kWarpgroup / kWarp];
+  Item item[kItems];
+  Place place[kBringers];
   uint64_t q_full[kQuerySets], q_empty[kQuerySets];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-// A warp calls f() for the items of this block in order, with `at` filled in. All row tiles and KV heads of a chunk stand together, so
-// that the blocks at work share its keys, and those of its neighbours, in the L2 cache.
-template <class F>
-__device__ inline void for_items(const Arguments& p, Place& at, int item_rows, F f) {
-  at.next = 0;
-  for (unsigned index = blockIdx.x; index < p.items; index += gridDim.x) {
-    const unsigned tile_row = index / p.row_tiles;
-    const int snapshot = static_cast<int>(tile_row / static_cast<unsigned>(p.kv_heads));
-    const int kv_head = static_cast<int>(tile_row % static_cast<unsigned>(p.kv_heads));
+// A block has a run of items of one KV head, or of two: neighbours share keys, and two row tiles of one chunk all of
+// them.
+__device__ inline void start_items(const Arguments& p, Place& at) {
+  const auto bound = [&](unsigned block) {
+    return static_cast<unsigned>(static_cast<uint64_t>(p.items) * block / gridDim.x);
+  };
+  const unsigned first = bound(blockIdx.x), head_chunk = first / p.row_tiles,
+                 chunk_rows = static_cast<unsigned>(p.chunk_rows);
+  at.left = bound(blockIdx.x + 1) - first;
+  at.row_tile = static_cast<int>(first % p.row_tiles);
+  at.snapshot = static_cast<int>(head_chunk % chunk_rows);
+  at.kv_head = static_cast<int>(head_chunk / chunk_rows);
+  at.next = at.row0_of_sequence = at.chunks_begun = 0;
+  __syncwarp();
+}
+// To the next item of the block, by one warp; false after the last.
+__device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, Item& item, const Item& before,
+                                 bool follows) {
+  const auto tiles_of = [&](int first_row) {
+    return (item.seen + p.split(min(first_row + item_rows, item.rows) - 1).token + kKeys) / kKeys;
+  };
+  while (at.left > 0) {
+    const int row_tile = at.row_tile, snapshot = at.snapshot, kv_head = at.kv_head;
+    const unsigned left = at.left - 1;
     __syncwarp();
-    if (snapshot >= at.next) {
+    const bool next_chunk = row_tile + 1 == static_cast<int>(p.row_tiles);
+    const bool next_head = next_chunk && snapshot + 1 == static_cast<int>(p.chunk_rows);
+    at.left = left;
+    at.row_tile = next_chunk ? 0 : row_tile + 1;
+    at.snapshot = next_head ? 0 : snapshot + next_chunk;
+    at.kv_head = kv_head + next_head;
+    if (follows) {
+      if (lane_id() < kItemWords) words_of(item)[lane_id()] = words_of(before)[lane_id()];
+      __syncwarp();
+      const int row0 = row_tile * item_rows;
+      item.row0 = row0;
+      const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+      item.flags = (before.flags & Item::kCopied) | Item::kFollows | (row_tile % 2 ? Item::kBackwards : 0) |
+                   (followed ? Item::kFollowed : 0);
+      __syncwarp();
+      return true;
+    }
+    if (snapshot >= at.next || snapshot < at.row0_of_sequence) {
       const int64_t n = sequence_of_row(p, snapshot);
       const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk);
       __syncwarp();
@@ -112,23 +198,43 @@ __device__ inline void for_items(const Arguments& p, Place& at, int item_rows, F
       at.next = static_cast<int>(n + 1 < p.sequences ? p.cu_seqlens[n + 1] / p.chunk + 2 * (n + 1) : p.chunk_rows);
       at.into_chunk = static_cast<int>(span.first % p.chunk);
       at.into_ring = static_cast<int>(span.first % p.window);
+      at.first = span.first;
       at.in_ring = static_cast<int>(min(span.first, static_cast<int64_t>(p.window)));
       __syncwarp();
     }
-    const int chunk = snapshot - at.row0_of_sequence;
+    const int chunk = snapshot - at.row0_of_sequence, row0 = row_tile * item_rows;
     if (chunk >= at.chunks) continue;
-    const int start = chunk * p.chunk - at.into_chunk, token = max(start, 0), end = min(start + p.chunk, at.length);
-    const int row0 = static_cast<int>(index % p.row_tiles) * item_rows, rows = (end - token) * p.group;
-    if (row0 >= rows) continue;
-    const int window_begin = max(start - (p.window - p.chunk), -at.in_ring), slot = at.into_ring + window_begin;
-    const int seen = token - window_begin, keys = seen + (min(row0 + item_rows, rows) - 1) / p.group + 1;
-    const int bank_tiles = (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
-    static_cast<Item&>(at) = {snapshot, kv_head, (at.token0 + token) * p.heads + kv_head * p.group, row0, rows, start, end,
-                              window_begin, slot < 0 ? slot + p.window : slot, seen, keys, bank_tiles,
-                              bank_tiles + (keys + kKeys - 1) / kKeys};
+    const int start = chunk * p.chunk - at.into_chunk, token = max(start, 0);
+    item.chunk_end = min(start + p.chunk, at.length);
+    item.rows = (item.chunk_end - token) * p.group;
+    if (row0 >= item.rows) continue;
+    item.position = at.first + start;
+    item.sequence = at.sequence;
+    item.snapshot = snapshot;
+    item.kv_head = kv_head;
+    item.row0 = row0;
+    item.token0 = at.token0;
+    item.line0 = (at.token0 + token) * p.heads + kv_head * p.group;
+    item.first_token = static_cast<int>(at.token0) + token;
+    item.chunk_slot = at.chunks_begun % kItems;
+    const int begun = at.chunks_begun + 1;
     __syncwarp();
-    f();
+    at.chunks_begun = begun;
+    item.window_begin = max(start - (p.window - p.chunk), -at.in_ring);
+    const int slot = at.into_ring + item.window_begin;
+    item.ring_begin = slot < 0 ? slot + p.window : slot;
+    item.seen = token - item.window_begin;
+    item.keys = item.chunk_end - item.window_begin;
+    item.window_tiles = tiles_of(row0);
+    const bool copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
+    item.tiles = item.window_tiles + (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
+    const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
+    item.flags =
+        (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0) | (copied ? Item::kCopied : 0);
+    __syncwarp();
+    return true;
   }
+  return false;
 }
 
 }  // namespace coda::kernels::sm90::bounded
