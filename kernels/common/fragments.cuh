@@ -92,6 +92,17 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) { load_m
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   load_matrices_transposed_at(r, shared_address(row));
 }
+
+// Holds the warp until words that load_matrices gave are there. Before it, what they are read from may not be given back to the copy
+// engine: a load is over when its value is there, not when it has been issued.
+template <int N>
+__device__ inline void await_loads(const uint32_t (&words)[N][4]) {
+  uint32_t all = ~0u;
+#pragma unroll
+  for (int i = 0; i < 4 * N; ++i) all &= words[i / 4][i % 4];
+  __syncwarp(__all_sync(kAllLanes, all == ~0u) ? __activemask() : kAllLanes);
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a), "r"(b),

@@ -172,6 +172,7 @@ struct Attend {
         for (int w = 0; w < D / 8; ++w) q[w / 2][1 + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
       }
     }
+    await_loads(q);
     release(&shared.q_empty[set], !p.turns_queries || step > 0);
   }
 

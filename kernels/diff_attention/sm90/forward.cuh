@@ -200,11 +200,7 @@ struct Attend {
       const auto* panel = reinterpret_cast<const unsigned char*>(shared.q + block / 4 * Shared::kTokens * 64);
       load_matrices(q[block], panel + hopper::swizzled(row, block % 4 * 2 + lane / 16));
     }
-    // A load is over when its value is there, not when it has been issued: the copy engine writes here next.
-    uint32_t all = ~0u;
-#pragma unroll
-    for (int i = 0; i < D / 4; ++i) all &= q[i / 4][i % 4];
-    __syncwarp(__all_sync(kAllLanes, all == ~0u) ? __activemask() : kAllLanes);
+    await_loads(q);
     release(&shared.q_empty);
     if (stream == 1) turn_queries();
   }
