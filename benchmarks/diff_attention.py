@@ -19,6 +19,7 @@ from .checks import Run
 _HEADS, _KV_HEADS, _TOKENS = 32, 8, 16384
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SECONDS = 0.1  # of runs of each competitor
+_LONGEST_PEER = 16384  # two seconds a run at 65536
 _CHECKED = 384  # tokens, not a multiple of a large tile
 _INPUTS = ("q", "k", "v", "lam", "theta", "norm_weight")
 _BASELINES = ("cudnn_stacked", "composite", "plain_cudnn", "peer_triton")
@@ -84,7 +85,7 @@ def _measure(run: Run, streams: int, dim: int, length: int) -> list[dict[str, An
 
     with torch.no_grad():
         functions = {name: functools.partial(function, *tensors) for name, (function, tensors) in competitors.items()}
-        if streams == 2:
+        if streams == 2 and length <= _LONGEST_PEER:
             functions["peer_triton"] = _peer(*inputs)
         functions = {name: baseline(run, name, function) for name, function in functions.items() if function}
         functions = {name: function for name, function in functions.items() if function}

@@ -2,11 +2,9 @@
 
 // What the tensor-core paths share: 16-bit elements two to a word, and 8x8 tiles of them between registers and shared memory.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
 #include <type_traits>
+
+#include "numeric.cuh"
 
 namespace coda::kernels {
 
