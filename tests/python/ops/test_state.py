@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases import compiled
 
 from coda_attn import CodaConfig, State
 
@@ -30,13 +29,3 @@ def test_nothing_is_left_of_what_was_there(device, config, sequences, dtype):
 
 def test_on_meta():
     assert all(t.is_meta for t in make(ODD, 2, torch.bfloat16, "meta").tensors())
-
-
-def test_compile(device):
-    def total():
-        state = make(ODD, 2, torch.float32, device)
-        return sum(t.sum().double() for t in state.tensors()), state.exact_pos
-
-    expected, positions = total()
-    mine, same = compiled(total)()
-    assert mine == expected == -positions.numel() and torch.equal(same, positions)
