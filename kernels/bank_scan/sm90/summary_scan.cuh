@@ -2,55 +2,16 @@
 
 #include "../../common/mma.cuh"
 #include "../../common/wgmma.cuh"
-#include "candidates.cuh"
 #include "cluster.cuh"
-#include "routing.cuh"
+#include "summary_shared.cuh"
 
 namespace coda::kernels::sm90 {
 
-constexpr int kSummaryRows = 64;  // the most slots, and the most tokens of a chunk
-constexpr int kGroupSlots = 32;  // that a warpgroup compares with the candidates
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
 // of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are. Of the D / 16 accumulations of the high parts, 8 for
 // D 128, each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every
 // addend, and those of the low parts are less by 2^-8. Norms, quotients and fixed order itself add 2^-18.6: 2.25e-5 together.
 constexpr float kMargin = 0x1.8p-15f;
-
-// What the lists say of a chunk's candidates.
-struct alignas(16) CandidateList {
-  CandidateRows rows[kSummaryRows];
-  float gate[kSummaryRows], norm[kSummaryRows];
-  int offset[kSummaryRows];
-};
-
-// Shared memory of one block of the summary bank's cluster, which holds one KV head.
-template <class T, int kDim>
-struct alignas(1024) SummaryShared {
-  // Operands of the products: swizzled panels of 64 rows, which are 64 elements wide.
-  static constexpr int kTileElements = kSummaryRows * kDim, kPanelBytes = kSummaryRows * 128;
-  static constexpr int kLists = 5;  // of the chunk before, this one and the next three
-  T direction[2][kTileElements];  // values over their norms, as sums: of 32 slots the high parts, then the low ones
-  T value[3][kTileElements];      // candidates of this chunk and the next two
-  float v[kSummaryRows * kDim];
-  T key[2][kSummaryRows * kDim];      // of this chunk and the one before
-  CandidateList list[kLists];
-  uint32_t gram[kSummaryRows * kSummaryRows];  // keys of the mean cosines of candidates
-  Match best[kSummaryRows];                    // in fixed order
-  int choice[kSummaryRows];                    // what the tensor cores say of each candidate, see settle
-  int open[kSummaryRows];                      // candidates to be compared in fixed order
-  int slot[kSummaryRows];                      // the decision where slots were claimed
-  float mass[kSummaryRows];
-  float cosine[2 * kSummaryRows];  // (Hkv, owned, 128) what each head sent in fixed order: of slots, then of candidates
-
-  // Rows of candidates that one block sums over the heads, the most; `blocks` blocks a head get them in batches.
-  static __host__ __device__ int owned(int heads, int blocks) {
-    const int batch = kTileRows / blocks, all = heads * blocks;
-    return (kSummaryRows / batch + all - 1) / all * batch;
-  }
-  static __host__ __device__ size_t bytes(int heads, int blocks) {
-    return offsetof(SummaryShared, cosine) + sizeof(cosine) * heads * owned(heads, blocks);
-  }
-};
 
 // One block of a cluster that walks the chunks of one sequence. A warp keeps its slots in registers, each lane kParts
 // neighbouring elements. What others wait for, values and who goes where, comes first; keys and snapshots follow while scores
