@@ -26,16 +26,52 @@ inline int device_capability() {
   return 10 * major + minor;
 }
 
+// Lets the kernel have more shared memory than the 48 KiB that need no asking.
+inline cudaError_t allow_shared(const void* kernel, size_t shared) {
+  if (shared <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+}
+
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared, cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (shared > 48 * 1024) {
-    const auto status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
+  const auto status = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (status != cudaSuccess) return status;
   kernel<<<grid, threads, shared, stream>>>(params);
   return cudaGetLastError();
+}
+
+// Programmatic dependent launch, from 9.0 on. A kernel launched by `launch_early` may start while the one before it in the stream
+// still runs, as soon as each of that one's blocks has called `let_next_start` or ended. So every thread that reads or writes
+// device memory calls `wait_for_stream` first: it returns when all earlier kernels have ended and their writes can be seen. A
+// kernel in such a row calls it in every block, also where it needs nothing, since the next one takes its end for the end of all.
+__device__ inline void wait_for_stream() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+template <class Params>
+cudaError_t launch_early(void (*kernel)(Params), dim3 grid, int threads, size_t shared, cudaStream_t stream, const Params& params) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  if (device_capability() < 90) return launch(kernel, grid, threads, shared, stream, params);
+  const auto status = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 // Calls f with a value of the storage type.
