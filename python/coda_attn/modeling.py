@@ -142,6 +142,24 @@ class ConstantLinear(nn.Linear):
         init.constant_(self.bias, self.initial_bias)
 
 
+class _WideProduct(torch.autograd.Function):
+    """x (..., E) times weight (G, E) transposed, both float16 or bfloat16 on a GPU, in float32 as its tensor cores sum it.
+
+    torch.mm has this product but no derivative of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
 class GateProjection(ConstantLinear):
     """Gate logits in float32 (float64 for a float64 model): in bfloat16 they would be coarser than the age decay."""
 
@@ -149,6 +167,8 @@ class GateProjection(ConstantLinear):
         dtype = _wide(x.dtype)
         if x.dtype == self.weight.dtype == dtype and not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
+        if x.is_cuda and x.dtype == self.weight.dtype != dtype:
+            return _WideProduct.apply(x, self.weight) + self.bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 

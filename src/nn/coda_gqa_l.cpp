@@ -4,6 +4,7 @@
 #include <numbers>
 
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/init.h>
 #include <torch/types.h>
 
@@ -159,10 +160,32 @@ at::Tensor linear(const at::Tensor& x, const CodaGqaLWeights::Projection& projec
   return at::linear(x, projection.weight, projection.bias);
 }
 
+// x (..., E) times weight (G, E) transposed, both float16 or bfloat16 on a GPU, in float32 as its tensor cores sum it. at::mm has
+// this product but no derivative of it.
+struct WideProduct : torch::autograd::Function<WideProduct> {
+  static at::Tensor rows(const at::Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight) {
+    ctx->save_for_backward({x, weight});
+    auto shape = x.sizes().vec();
+    shape.back() = weight.size(0);
+    return at::mm(rows(x), weight.t(), at::kFloat).view(shape);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto grad = grads[0].to(saved[0].scalar_type());
+    return {at::matmul(grad, saved[1]), at::mm(rows(grad).t(), rows(saved[0]))};
+  }
+};
+
 // Gate logits in float32: in bfloat16 they would be coarser than the age decay.
 at::Tensor gate_logits(const at::Tensor& x, const CodaGqaLWeights::Projection& write) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto dtype = wide(x.scalar_type());
+  if (x.is_cuda() && x.scalar_type() == write.weight.scalar_type() && x.scalar_type() != dtype) {
+    return WideProduct::apply(x, write.weight) + *write.bias;
+  }
   return at::linear(x.to(dtype), write.weight.to(dtype), write.bias->to(dtype));
 }
 

@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_bank_kernel(const __grid
         sum.clear(r);
       }
       changed[r] = __ballot_sync(kAllLanes, differs);
+      __syncwarp();  // The four lanes of a slot have read who was there.
       occupants[8 * r] = is;
     }
     since = chunk;

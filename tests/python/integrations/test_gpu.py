@@ -9,7 +9,7 @@ import torch
 from hf_models import PAPER, SMALL, coda_model, padded, token_ids
 
 import coda_attn
-from coda_attn.modeling import coda_layers
+from coda_attn.modeling import GateProjection, coda_layers
 
 pytestmark = pytest.mark.gpu
 CONFIGS = {"retention": SMALL, "paper": PAPER, "everything": dataclasses.replace(SMALL, gates="shared", summary_slots=4, head_norm="rms")}
@@ -33,7 +33,7 @@ def compiled(model):
 
 def distance(logits, exact):
     """Relative to the size of ``exact``."""
-    return float((logits.detach().cpu().double() - exact).norm() / exact.norm())
+    return float((logits.detach().cpu().double() - exact.detach()).norm() / exact.detach().norm())
 
 
 @contextlib.contextmanager
@@ -70,6 +70,20 @@ def test_a_row_of_a_padded_batch_is_the_row_alone(device):
         for row, length in enumerate(lengths):
             alone = model(ids[row:row + 1, -length:]).logits
             assert distance(batch[row, -length:], alone[0].cpu().double()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_logits_are_sums_in_float32(device, dtype):
+    gate, x = GateProjection(512, 8, -2.0).to(device, dtype), torch.randn(2, 33, 512, device=device, dtype=dtype, requires_grad=True)
+    torch.nn.init.normal_(gate.weight)
+    inputs, grad = (x, gate.weight, gate.bias), torch.randn(2, 33, 8, device=device)
+    exact_inputs = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    exact = torch.nn.functional.linear(*exact_inputs)
+    logits = gate(x)
+    assert logits.dtype == torch.float32 and distance(logits, exact) < 1e-5
+    for ours, right in zip(torch.autograd.grad(logits, inputs, grad), torch.autograd.grad(exact, exact_inputs, grad.cpu().double())):
+        assert ours.dtype == dtype and distance(ours, right) < 2 * torch.finfo(dtype).eps
+    assert gate(x[:, :0]).shape == (2, 0, 8) and gate(x[0, 0]).shape == (8,)
 
 
 @all_configs
