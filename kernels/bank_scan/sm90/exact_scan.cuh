@@ -59,22 +59,22 @@ class ExactScan {
     const auto evicted = [&](int i) { return evicted0 + i * static_cast<int64_t>(p.chunk); };
     if (warp_id() == 0) {
       Router router(*this, counted);
-      __syncthreads();
+      sync();
 #pragma unroll 1
       for (int i = first, at = 0; i < chunks; ++i, ++at) {
         router.decide(work.chunk[at % kBuffers], at % 2, evicted(i));
         inserts_ += view.sinks_at(evicted(i) + p.window);
-        __syncthreads();
+        sync();
       }
     } else {
       if (first < chunks) prepare(work.chunk[0], 0, 0, evicted(first));
-      __syncthreads();
+      sync();
 #pragma unroll 1
       for (int i = first, at = 0; i < chunks; ++i, ++at) {
         if (threadIdx.x == kWarp) fetch(i + 2, (at + 2) % kBuffers);
         if (at > 0) take_in(work.chunk[(at - 1) % kBuffers], (at - 1) % 2, i - 1, evicted(i - 1));
         if (i + 1 < chunks) prepare(work.chunk[(at + 1) % kBuffers], at + 1, (at + 1) % 2, evicted(i + 1));
-        __syncthreads();
+        sync();
       }
       const int last = chunks - 1 - first;
       if (last >= 0) take_in(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
@@ -100,6 +100,8 @@ class ExactScan {
   static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
   static constexpr int kComparing = kScanThreads / kWarp - 1;  // warps, all but the first
   static __device__ int comparer() { return warp_id() - 1; }
+  // The whole block, whose warps come here on different ways.
+  static __device__ void sync() { hopper::sync_threads(2, kScanThreads); }
   // The slot that this thread keeps, negative if none.
   static __device__ int own_slot() { return static_cast<int>(threadIdx.x) - kWarp; }
 

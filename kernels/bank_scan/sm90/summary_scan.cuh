@@ -356,9 +356,17 @@ class SummaryScan {
     }
     hopper::fence_async_proxy();
     __syncwarp();
-    // A batch a lane.
-    if (lane_id() >= 16 / kBatch || first_row + lane_id() * kBatch >= count) return;
-    send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
+    // A batch a lane; this block's own, which a bulk copy must not take, by the whole warp.
+    const bool sends = lane_id() < 16 / kBatch && first_row + lane_id() * kBatch < count;
+    const bool own = owner(first_row + lane_id() * kBatch) == rank;
+    if (sends && !own) send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
+    for (unsigned left = __ballot_sync(kAllLanes, sends && own); left != 0; left &= left - 1) {
+      const int lane = __ffs(left) - 1;
+      const uint32_t to = __shfl_sync(kAllLanes, batch_to_, lane), barrier = __shfl_sync(kAllLanes, batch_scored_, lane);
+      for (int i = lane_id(); i < kBatchBytes / 16; i += kWarp) {
+        send(to + i * 16, reinterpret_cast<const uint4*>(rows + lane * kBatch * kGroupSlots)[i], barrier);
+      }
+    }
   }
 
   // What is told of a candidate: its slot, -1 where it is open, or which two slots alone are left.
@@ -424,7 +432,10 @@ class SummaryScan {
         open += __popc(mask);
         pairs = pairs && !__any_sync(kAllLanes, c < count && choice.slot[u] == -1);
       }
-      if (open == 0) return choice;
+      if (open == 0) {
+        if (free > 0) sync();  // which slots are in use has been read
+        return choice;
+      }
     }
     if (pairs) {
       compare_pairs(choice, rank, value, norm, open);
