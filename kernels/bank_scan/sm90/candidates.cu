@@ -6,7 +6,7 @@ namespace coda::kernels::sm90 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsAtOnce = 4;  // rows of a warp whose loads are underway together
+constexpr int kRowsAtOnce = kTileRows;  // rows of a warp whose loads are underway together
 constexpr int kSplits = 4;      // blocks that share the summary list of a chunk row
 
 struct Layout {
@@ -19,11 +19,13 @@ struct Layout {
 
   __host__ __device__ Layout(Carver& carver, const BankScanParams& p)
       : logit(carver.take<float>(2 * p.chunk)), candidate(carver.take<int>(2 * p.chunk)), offset(carver.take<int>(p.chunk)),
-        source(carver.take<int>(p.chunk < 2 * kTileRows ? 2 * kTileRows : p.chunk)), norm(carver.take<float>(p.kv_heads * 2 * kTileRows)),
+        source(carver.take<int>(p.chunk < 2 * kTileRows ? 2 * kTileRows : p.chunk)),
+        norm(carver.take<float>(p.kv_heads * 2 * kTileRows)),
         cosine(carver.take<float>(p.kv_heads * 2 * kTileRows * kTileRows)) {}
 };
 
-// What both lists begin with: a chunk row that evicts.
+// What both lists begin with: a chunk row that evicts. Loops are kept short, since most of such a block's time goes to fetching
+// code that runs once.
 template <class T>
 struct Row {
   const BankScan& p;
@@ -36,27 +38,23 @@ struct Row {
   __device__ int token(int which, int c) const { return view.source_of(evicted - which * p.chunk + c); }
   // Ends with a barrier.
   __device__ void load_logits(int chunks) const {
+#pragma unroll 1
     for (int item = threadIdx.x; item < chunks * p.chunk; item += blockDim.x) {
       work.logit[item] = view.gate(token(item / p.chunk, item % p.chunk), 0);
     }
     __syncthreads();
   }
-  // Norms of `count` rows, some at once for each warp, of which there are `warps` with numbers from `warp` on.
-  template <int kParts, class Value, class Emit>
-  __device__ void norms(int warp, int warps, int count, Value value, Emit emit) const {
-#pragma unroll 1
-    for (int item = warp * kRowsAtOnce; item < count; item += warps * kRowsAtOnce) {
-      float mine[kRowsAtOnce][kParts];
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) load_lane_row(mine[r], value(min(item + r, count - 1)));
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) {
-        const float norm = lane_norm(mine[r]);
-        if (item + r < count) emit(item + r, norm, mine[r]);
-      }
-    }
-  }
 };
+
+// Norms of rows value(r), r < kRowsAtOnce. One warp.
+template <int kParts, class Value, class Emit>
+__device__ inline void norms(Value value, Emit emit) {
+  float mine[kRowsAtOnce][kParts];
+#pragma unroll
+  for (int r = 0; r < kRowsAtOnce; ++r) load_lane_row(mine[r], value(r));
+#pragma unroll
+  for (int r = 0; r < kRowsAtOnce; ++r) emit(r, lane_norm(mine[r]), mine[r]);
+}
 
 template <class T, int kParts>
 __device__ void list_exact(const Row<T>& at) {
@@ -78,7 +76,7 @@ __device__ void list_exact(const Row<T>& at) {
       const float mine = logit[c];
       if (c < skip || !(static_cast<double>(mine) >= threshold)) return false;
       int rank = 0;
-#pragma unroll 8
+#pragma unroll 4
       for (int other = skip; other < chunk; ++other) {
         rank += logit[other] > mine || (logit[other] == mine && other < c);
       }
@@ -88,6 +86,7 @@ __device__ void list_exact(const Row<T>& at) {
       const bool real = lane_id() < kept;
       const int c = kept > 0 ? candidate[min(lane_id(), kept - 1)] : 0, source = at.token(which, c);
       work.source[which * kTileRows + lane_id()] = source;
+#pragma unroll 1
       for (int h = 0; h < heads && which == 0; ++h) {
         to(h).source[lane_id()] = real ? source : -1;
         to(h).offset[lane_id()] = real ? c : -1;
@@ -100,17 +99,17 @@ __device__ void list_exact(const Row<T>& at) {
   const auto value = [&](int which, int i, int h) {
     return at.view.value(at.work.source[which * kTileRows + i], h);
   };
-  // In the order (2, Hkv, 8).
-  const int rows = heads * kTileRows;
-  at.template norms<kParts>(
-      warp_id(), warp_count(), compared * rows, [&](int item) { return value(item / rows, item % kTileRows, item / kTileRows % heads); },
-      [&](int item, float norm, const float(&mine)[kParts]) {
-        const int which = item / rows, h = item / kTileRows % heads, i = item % kTileRows;
-        if (which == 0) pack_lane_row(to(h).value + i * kParts * kWarp, mine);
-        if (lane_id() != 0) return;
-        at.work.norm[(h * 2 + which) * kTileRows + i] = norm;
-        if (which == 0) to(h).norm[i] = norm;
-      });
+#pragma unroll 1
+  for (int item = warp_id(); item < compared * heads; item += warp_count()) {
+    const int which = item >= heads, h = item - which * heads;
+    float* const norm = work.norm + (h * 2 + which) * kTileRows;
+    norms<kParts>([&](int r) { return value(which, r, h); }, [&](int r, float x, const float(&mine)[kParts]) {
+      if (which == 0) pack_lane_row(to(h).value + r * kParts * kWarp, mine);
+      if (lane_id() != 0) return;
+      norm[r] = x;
+      if (which == 0) to(h).norm[r] = x;
+    });
+  }
   if (count == 0) return;
   __syncthreads();
 #pragma unroll 1
@@ -126,10 +125,12 @@ __device__ void list_exact(const Row<T>& at) {
   }
   __syncthreads();
   constexpr int pairs = kTileRows * kTileRows;
+#pragma unroll 1
   for (int item = threadIdx.x; item < compared * pairs; item += blockDim.x) {
     float total = 0.0f;
     for (int h = 0; h < heads; ++h) total = add_rn(total, work.cosine[h * 2 * pairs + item]);
     const uint32_t key = score_key(div_rn(total, static_cast<float>(heads)));
+#pragma unroll 1
     for (int h = 0; h < heads; ++h) (item < pairs ? to(h).gram : to(h).before)[item % pairs] = key;
   }
 }
@@ -148,6 +149,7 @@ __device__ void list_summary(const Row<T>& at, int split) {
     const int count = compact(work.offset, p.chunk, [=, skip = pinned](int c) {
       return c >= skip && static_cast<double>(logit[c]) >= threshold;
     });
+#pragma unroll 1
     for (int i = lane_id(); i < tokens; i += kWarp) {
       const int c = i < count ? work.offset[i] : 0;
       if (i < count) work.source[i] = at.token(0, c);
@@ -159,24 +161,28 @@ __device__ void list_summary(const Row<T>& at, int split) {
   }
   __syncthreads();
   const int count = kept;
-  if (split == 0) {
-    if (threadIdx.x == 0) lists.summary_count[row] = count;
-    for (int i = threadIdx.x; i < heads * tokens; i += blockDim.x) {
-      if (i % tokens < count) continue;
-      lists.summary_rows[row * heads * tokens + i] = {};
-      lists.summary_norm[row * heads * tokens + i] = 0.0f;
+  if (split == 0 && threadIdx.x == 0) lists.summary_count[row] = count;
+#pragma unroll 1
+  for (int item = threadIdx.x * kSplits + split; item < heads * tokens; item += blockDim.x * kSplits) {
+    const int h = item / tokens, i = item - h * tokens;
+    const int64_t to = row * heads * tokens + item;
+    if (i < count) {
+      lists.summary_rows[to] = {view.bank_key(work.source[i], h), view.value(work.source[i], h)};
+    } else {
+      lists.summary_rows[to] = {p.v, p.v};
+      lists.summary_norm[to] = 0.0f;
     }
   }
-  at.template norms<kParts>(
-      warp_id() * kSplits + split, warp_count() * kSplits, heads * count,
-      [&](int item) { return at.view.value(at.work.source[item / heads], item % heads); },
-      [&](int item, float norm, const float(&)[kParts]) {
-        if (lane_id() != 0) return;
-        const int i = item / heads, h = item % heads;
-        const int64_t to = (at.row * heads + h) * tokens + i;
-        at.p.lists.summary_norm[to] = norm;
-        at.p.lists.summary_rows[to] = {at.view.bank_key(at.work.source[i], h), at.view.value(at.work.source[i], h)};
-      });
+  const int groups = (count + kRowsAtOnce - 1) / kRowsAtOnce;
+#pragma unroll 1
+  for (int item = warp_id() * kSplits + split; item < heads * groups; item += warp_count() * kSplits) {
+    const int group = item / heads, h = item - group * heads, first = group * kRowsAtOnce;
+    float* const to = lists.summary_norm + (row * heads + h) * tokens + first;
+    norms<kParts>([&](int r) { return at.view.value(at.work.source[min(first + r, count - 1)], h); },
+                  [&](int r, float x, const float(&)[kParts]) {
+                    if (lane_id() == 0 && first + r < count) to[r] = x;
+                  });
+  }
 }
 
 // Blocks of a chunk row: one for the exact bank's list, then those of the summary bank's.
