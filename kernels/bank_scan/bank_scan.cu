@@ -60,8 +60,8 @@ sm90::Banks in_clusters(const BankScanParams& params, DType dtype) {
 
 cudaError_t begin(const BankScanForward& params, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, [&](auto zero) {
-    return launch_early(begin_kernel<decltype(zero)>, dim3(static_cast<unsigned>(params.chunk_rows), kClearing), kWarps * kWarp, 0,
-                        stream, params);
+    const dim3 grid(static_cast<unsigned>(params.chunk_rows), kClearing);
+    return launch_early(begin_kernel<decltype(zero)>, grid, kWarps * kWarp, 0, stream, params);
   });
 }
 

@@ -51,11 +51,12 @@ __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
 }
 // 16 bytes, to a multiple of 16.
 __device__ inline void send(uint32_t to, uint4 x, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "r"(x.x),
-               "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
                : "memory");
 }
-// Many bytes at once to another block, both ends at multiples of 16; this thread's writes to `from` lie before a fence_async_proxy.
+// Many bytes at once to another block (compute-sanitizer accepts no other), both ends at multiples of 16; this thread's writes to
+// `from` lie before a fence_async_proxy.
 __device__ inline void send_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "r"(shared_address(from)), "r"(bytes), "r"(barrier)
