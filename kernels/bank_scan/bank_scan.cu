@@ -1,3 +1,4 @@
+#include "../common/sequences.cuh"
 #include "new_state.cuh"
 #include "sm90/steps.h"
 #include "steps.h"
@@ -13,6 +14,34 @@ struct CopyParams : BankScanForward {
   bool wide;
 };
 
+constexpr int kClearing = 8;  // blocks of a chunk row
+
+// What scans do not write: chunk rows that no chunk uses, the assignment of who is no candidate, and the counts so far. Retention
+// takes care of its index and counts.
+template <class T>
+__global__ void __launch_bounds__(kWarps * kWarp) begin_kernel(BankScanForward p) {
+  wait_for_stream();
+  let_next_start();
+  const int64_t row = blockIdx.x;
+  const int64_t n = find_sequence(p.sequences, row, [&](int64_t m) { return p.cu_seqlens[m] / p.chunk + 2 * m; });
+  const auto fill = [&](void* rows, int64_t words, int32_t word) {
+    for (int64_t i = blockIdx.y * blockDim.x + threadIdx.x; i < words; i += gridDim.y * blockDim.x) {
+      static_cast<int32_t*>(rows)[row * words + i] = word;
+    }
+  };
+  const bool counts = p.novelty || p.exact_slots == 0;
+  if (const int64_t i = row * blockDim.x + threadIdx.x; counts && blockIdx.y == 0 && i < 2 * p.sequences) {
+    p.new_counts[i] = p.counts[i];
+  }
+  if (p.summary_slots > 0) fill(p.assignment, p.chunk, -1);
+  if (const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk); row < span.row0 + span.chunks) return;
+  if (p.novelty) fill(p.index, p.exact_slots, -1);
+  constexpr int words = sizeof(acc_t<T>) / sizeof(int32_t);
+  fill(p.summary_k, static_cast<int64_t>(p.kv_heads) * p.summary_slots * p.dim * words, 0);
+  fill(p.summary_v, static_cast<int64_t>(p.kv_heads) * p.summary_slots * p.dim * words, 0);
+  fill(p.summary_mass, static_cast<int64_t>(p.summary_slots) * words, 0);
+}
+
 // One warp copies one slot of one KV head into the new state.
 template <class T>
 __global__ void __launch_bounds__(kWarps * kWarp, 4) copy_new_state_kernel(CopyParams p) {
@@ -27,6 +56,13 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) copy_new_state_kernel(CopyP
 // The banks that clusters serve on this device.
 sm90::Banks in_clusters(const BankScanParams& params, DType dtype) {
   return device_capability() == 90 ? sm90::banks_served(params, dtype) : sm90::Banks{false, false};
+}
+
+cudaError_t begin(const BankScanForward& params, DType dtype, cudaStream_t stream) {
+  return dispatch(dtype, [&](auto zero) {
+    const dim3 grid(static_cast<unsigned>(params.chunk_rows), kClearing);
+    return launch_early(begin_kernel<decltype(zero)>, grid, kWarps * kWarp, 0, stream, params);
+  });
 }
 
 cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStream_t stream) {
@@ -53,6 +89,9 @@ size_t bank_scan_workspace(const BankScanParams& params, DType dtype) {
 
 cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaStream_t stream) {
   const auto clusters = in_clusters(params, dtype);
+  if (params.novelty || params.exact_slots == 0 || params.summary_slots > 0) {
+    if (const auto status = begin(params, dtype, stream); status != cudaSuccess) return status;
+  }
   if (clusters) {
     if (const auto status = sm90::scan_banks(params, dtype, clusters, stream); status != cudaSuccess) return status;
   }

@@ -42,18 +42,18 @@ struct BankScanParams {
 };
 
 struct BankScanForward : BankScanParams {
-  int32_t* index;          // out (NC, R, Me), -1 before with the novelty policy. A source keeps its slot for as long as it stays
-  void* summary_k;         // out (NC, Hkv, Ms, D) A, zero before
-  void* summary_v;         // out (NC, Hkv, Ms, D) A, zero before
-  void* summary_mass;      // out (NC, Ms) A, zero before
+  int32_t* index;          // out (NC, R, Me). A source keeps its slot for as long as it stays
+  void* summary_k;         // out (NC, Hkv, Ms, D) A
+  void* summary_v;         // out (NC, Hkv, Ms, D) A
+  void* summary_mass;      // out (NC, Ms) A
   int32_t* source;         // out (N, R, Me)
-  int32_t* assignment;     // out (NC, C), -1 before; null without summary slots
+  int32_t* assignment;     // out (NC, C), -1 where none; null without summary slots
   void* new_k;             // out (N, Hkv, W + Me, D)
   void* new_v;             // out (N, Hkv, W + Me, D)
   void* new_gate;          // out (N, R, W + Me) A
   int64_t* new_exact_pos;  // out (N, R, Me)
   int64_t* new_last_touch;  // out (N, Me)
-  int64_t* new_counts;      // out (N, 2); with the novelty policy and without exact slots the old counts before
+  int64_t* new_counts;      // out (N, 2)
   void* new_summary_k;      // out (N, Hkv, Ms, D) A
   void* new_summary_v;      // out (N, Hkv, Ms, D) A
   void* new_summary_mass;   // out (N, Ms) A

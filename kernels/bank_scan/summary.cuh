@@ -5,6 +5,13 @@
 
 namespace coda::kernels {
 
+// How far a slot moves towards candidates whose gates add up to `mass`: 1 - (1 - eta)^mass, log_stay the binary logarithm of
+// 1 - eta.
+template <class A>
+__device__ inline A ema_rate(A log_stay, A mass) {
+  return A(1) - exp2(log_stay * mass);
+}
+
 struct SummaryRule {
   int slots, heads, dim;
   double threshold;  // least gate logit
@@ -135,7 +142,7 @@ __device__ inline void summarise(const SummaryBank<A>& bank, const SummaryRule& 
     A *new_k = after_k(j, h), *new_v = after_v(j, h);
     const bool used = held(j), met = bank.first_member[j] >= 0;
     const A mass = met ? bank.member_mass[j] : A(1);
-    const A rate = met && used ? A(1) - pow(sigmoid(-eta_logit[h]), mass) : A(1);
+    const A rate = met && used ? ema_rate(log2(sigmoid(-eta_logit[h])), mass) : A(1);
     for (int d = lane_id(); d < dim; d += kWarp) {
       A mean_k = A(0), mean_v = A(0);
       for (int i = bank.first_member[j]; i >= 0; i = bank.next_member[i]) {

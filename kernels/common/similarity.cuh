@@ -78,6 +78,7 @@ __device__ inline Best<A> warp_best(Best<A> mine) {
 template <class Keep>
 __device__ inline int compact(int* list, int count, Keep keep) {
   int total = 0;
+#pragma unroll 1
   for (int base = 0; base < count; base += kWarp) {
     const int i = base + lane_id();
     const bool kept = i < count && keep(i);

@@ -17,7 +17,7 @@ struct alignas(16) ExactCandidates {
   int source[kTileRows], offset[kTileRows];  // flat source, and offset among the evicted tokens; -1 beyond the last
 };
 
-// Where the summary bank's block of one head finds a candidate; null beyond the last.
+// Where the summary bank's block of one head finds a candidate; any row beyond the last.
 struct alignas(16) CandidateRows {
   const void *key, *value;
 };

@@ -57,27 +57,29 @@ class ExactScan {
     for (int i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
     cluster_wait();
     const auto evicted = [&](int i) { return evicted0 + i * static_cast<int64_t>(p.chunk); };
+    Router router(*this, counted);
     if (warp_id() == 0) {
-      Router router(*this, counted);
-      __syncthreads();
+      router.begin();
+      if (first < chunks) pass_alone();
+    } else if (first < chunks) {
+      prepare(work.chunk[0], 0, 0, evicted(first));
+    }
+    __syncthreads();
 #pragma unroll 1
-      for (int i = first, at = 0; i < chunks; ++i, ++at) {
+    for (int i = first, at = 0; i < chunks; ++i, ++at) {
+      if (warp_id() == 0) {
         router.decide(work.chunk[at % kBuffers], at % 2, evicted(i));
         inserts_ += view.sinks_at(evicted(i) + p.window);
-        __syncthreads();
-      }
-    } else {
-      if (first < chunks) prepare(work.chunk[0], 0, 0, evicted(first));
-      __syncthreads();
-#pragma unroll 1
-      for (int i = first, at = 0; i < chunks; ++i, ++at) {
+        if (i + 1 < chunks) pass_alone();
+      } else {
         if (threadIdx.x == kWarp) fetch(i + 2, (at + 2) % kBuffers);
         if (at > 0) take_in(work.chunk[(at - 1) % kBuffers], (at - 1) % 2, i - 1, evicted(i - 1));
         if (i + 1 < chunks) prepare(work.chunk[(at + 1) % kBuffers], at + 1, (at + 1) % 2, evicted(i + 1));
-        __syncthreads();
       }
-      const int last = chunks - 1 - first;
-      if (last >= 0) take_in(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
+      __syncthreads();
+    }
+    if (const int last = chunks - 1 - first; warp_id() > 0 && last >= 0) {
+      take_in(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
     }
     write_index(p.source + view.n * slots);
     cluster_arrive();
@@ -100,8 +102,11 @@ class ExactScan {
   static constexpr int kNone = -1, kTouched = 1 << kSlotBits;
   static constexpr int kComparing = kScanThreads / kWarp - 1;  // warps, all but the first
   static __device__ int comparer() { return warp_id() - 1; }
-  // The slot that this thread keeps, negative if none.
-  static __device__ int own_slot() { return static_cast<int>(threadIdx.x) - kWarp; }
+  // By warp 0, which has no part in the barrier of those that compare: compute-sanitizer counts the barriers that a warp has
+  // passed, and takes what others wrote after one of their own for unordered.
+  static __device__ void pass_alone() { hopper::sync_threads(2, kWarp); }
+  // The slot that this thread keeps, negative if none: the last warps, to which no tiles fall while there are few.
+  static __device__ int own_slot() { return static_cast<int>(threadIdx.x) - (kScanThreads - kSlots); }
 
   // Warp 0, which applies the rule.
   struct Router {
@@ -113,7 +118,8 @@ class ExactScan {
 
     __device__ Router(ExactScan& scan_, bool counted_)
         : scan(scan_), rule{scan_.slots, scan_.sinks, scan_.p.tau_novel, scan_.p.tau_match, scan_.p.refresh_on_hit},
-          counted(counted_) {
+          counted(counted_) {}
+    __device__ void begin() {
       load();
       if (lane_id() < kTileRows) scan.work.filled[1][lane_id()] = -1;
     }
@@ -207,7 +213,9 @@ class ExactScan {
       time_ = p.last_touch[view.n * slots + mine];
       source_ = p.window + mine;
     }
-    if (mine >= 0 && mine < kSlots + kTileRows) work.time[mine] = mine < slots ? time_ : INT64_MAX;
+    if (const int j = static_cast<int>(threadIdx.x); j < kSlots + kTileRows) {
+      work.time[j] = j < slots ? p.last_touch[view.n * slots + j] : INT64_MAX;
+    }
     for (int j = lane_id(); j < slots; j += kWarp) used_ |= (p.exact_pos[view.n * slots + j] >= 0) << (j / kWarp);
 #pragma unroll 1
     for (int j = warp_id(); j < slots; j += warp_count()) hold(j, view.value(p.window + j, head));
@@ -286,21 +294,24 @@ class ExactScan {
       position_ = time_ = own_slot();
       source_ = view.source_of(own_slot());
     }
-    int last = -1, filler = -1;  // of this thread's slot: the candidates that touched and filled it last
+    const int base = own_slot() - lane_id();
+    const bool keeps = base >= 0 && base < slots;
+    if (keeps || !full_) {
+      int last = -1, filler = -1;  // of this thread's slot: the candidates that touched and filled it last
 #pragma unroll
-    for (int c = 0; c < kTileRows; ++c) {
-      const int verdict = work.verdict[turn][c], slot = verdict & static_cast<int>(kSlotMask);
-      const bool real = verdict != kNone, filled = real && verdict < kTouched, here = slot == own_slot();
-      used_ |= (filled && slot % kWarp == lane_id()) << (slot / kWarp);
-      last = real && here ? c : last;
-      filler = filled && here ? c : filler;
-    }
-    if (last >= 0) {
-      time_ = evicted + chunk.offset[last];
-    }
-    if (filler >= 0) {
-      position_ = evicted + chunk.offset[filler];
-      source_ = chunk.source[filler];
+      for (int c = 0; c < kTileRows; ++c) {
+        const int verdict = work.verdict[turn][c], slot = verdict & static_cast<int>(kSlotMask);
+        const bool real = verdict != kNone, filled = real && verdict < kTouched, here = slot == own_slot();
+        used_ |= (filled && slot % kWarp == lane_id()) << (slot / kWarp);
+        last = real && here ? c : last;
+        filler = filled && here ? c : filler;
+      }
+      if (last >= 0) time_ = evicted + chunk.offset[last];
+      if (filler >= 0) {
+        position_ = evicted + chunk.offset[filler];
+        source_ = chunk.source[filler];
+      }
+      full_ = __all_sync(kAllLanes, __popc(used_) == (slots - lane_id() + kWarp - 1) / kWarp);  // and stays so
     }
     const int mine = work.verdict[turn][lane_id() / kTileColumns];
 #pragma unroll 1
@@ -326,6 +337,7 @@ class ExactScan {
   const uint32_t bytes;  // that others send of a chunk
   const int64_t evicted0;  // first position that chunk 0 would evict
   unsigned used_ = 0;  // bit u for slot lane + 32 u
+  bool full_ = false;  // all are
   int64_t position_ = -1, time_ = 0;  // of this thread's slot
   int source_ = -1, inserts_ = 0, hits_ = 0;
 };

@@ -13,6 +13,7 @@ template <class T, int kParts, int kBlocks>
 __global__ void __launch_bounds__(kScanThreads) scan_banks_kernel(BankScan p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t barriers[kBarriers];
+  wait_for_stream();
   const int64_t cluster = blockIdx.x / (p.kv_heads * kBlocks), summaries = p.banks.summary ? p.sequences : 0;
   if (cluster < summaries) {
     SummaryScan<T, kParts, kBlocks>(p, cluster, shared, barriers).run();
@@ -65,10 +66,10 @@ cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, 
     // Two blocks a head where all clusters run at once all the same.
     const auto halves = p.dim == 64 ? scan_banks_kernel<T, 2, 2> : scan_banks_kernel<T, 4, 2>;
     if (clusters_fit(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2))) {
-      return launch_clusters(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2), stream, p);
+      return launch_clusters(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2), stream, p, true);
     }
     const auto whole = p.dim == 64 ? scan_banks_kernel<T, 2, 1> : scan_banks_kernel<T, 4, 1>;
-    return launch_clusters(whole, clusters, p.kv_heads, kScanThreads, shared(1), stream, p);
+    return launch_clusters(whole, clusters, p.kv_heads, kScanThreads, shared(1), stream, p, true);
   };
   return dtype == DType::kBFloat16 ? run(__nv_bfloat16{}) : run(__half{});
 }

@@ -2,6 +2,7 @@
 
 #include "../../common/mma.cuh"
 #include "../../common/wgmma.cuh"
+#include "../summary.cuh"
 #include "cluster.cuh"
 #include "summary_shared.cuh"
 
@@ -21,15 +22,16 @@ class SummaryScan {
  public:
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), scored(barriers), decided(barriers + 1),
-        met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads),
+        met(barriers + 2), multiplied(barriers + 3), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads),
         slots(params.summary_slots), first(part * kSlots + warp_id() * kWarpSlots),
         chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
-        stay(sigmoid(-static_cast<const float*>(params.eta_logit)[head])) {}
+        log_stay(log2f(sigmoid(-static_cast<const float*>(params.eta_logit)[head]))) {}
 
   __device__ void run() {
     const Span& span = view.span;
     if (threadIdx.x == 0) {
       for (auto* barrier : {scored, decided, met}) hopper::init_barrier(barrier, 1);
+      hopper::init_barrier(multiplied, kSlots / kGroupSlots * 4);
       hopper::fence_barrier_init();
     }
     cluster_arrive();
@@ -37,8 +39,10 @@ class SummaryScan {
     const int batch = warp_id() % 4 * 16 + lane_id() % (16 / kBatch) * kBatch;
     batch_to_ = remote_address(near(head, (warp_id() / 4 + part) % 2) + owned_row(batch) * kGroupSlots, owner(batch));
     batch_scored_ = remote_address(scored, owner(batch));
+    batch_own_ = owner(batch) == rank;
     Slots bank;
     load_state(bank);
+    snapshot_ = view.summary_row(span.row0, head, first);
     int i = 0;
     for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
       write_snapshot(span.row0 + i, bank);
@@ -47,10 +51,14 @@ class SummaryScan {
     // Buffers of this chunk: values come two chunks ahead, keys only with it.
     int values = 0, list = 0, turn = 0;
     const auto list_at = [&](int ahead) -> CandidateList& { return work.list[(list + ahead) % Shared::kLists]; };
-    for (int ahead = 0; ahead < 3; ++ahead) fetch_list(i + ahead, list_at(ahead));
+    if (fetcher() >= 0) {
+      for (int ahead = 0; ahead < 3; ++ahead) fetch_list(i + ahead, list_at(ahead));
+    }
     await_copies();
     sync();
-    for (int ahead = 0; ahead < 2; ++ahead) fetch_values(i + ahead, list_at(ahead), work.value[ahead]);
+    if (fetcher() >= 0) {
+      for (int ahead = 0; ahead < 2; ++ahead) fetch_values(i + ahead, list_at(ahead), work.value[ahead]);
+    }
     await_copies();
     sync();
     Moves moves{};
@@ -71,23 +79,35 @@ class SummaryScan {
 #pragma unroll 1
     for (; i < chunks; ++i) {
       const int after = values == 2 ? 0 : values + 1, later = after == 2 ? 0 : after + 1;
-      if (free > 0) free = free_slots();  // a slot once in use stays so
+      if (free > 0) {
+        free = free_slots();  // a slot once in use stays so
+        if (free == 0) sync();
+      }
       CandidateList& here = list_at(0);
       if (count > 0 && free < slots) {
-        if (const int rows = owned_count(count); rows > 0) {
-          const int batches = (rows + kBatch - 1) / kBatch, groups = (slots + kGroupSlots - 1) / kGroupSlots;
-          expect(scored, heads * groups * batches * kBatchBytes);
+        if (warp_id() == kWarps - 1) {  // that has nothing to multiply
+          if (const int rows = owned_count(count); rows > 0) {
+            const int batches = (rows + kBatch - 1) / kBatch;
+            expect(scored, heads * (kSummaryRows / kGroupSlots) * batches * kBatchBytes, lane_id() == 0);
+          }
+          expect(decided, count * static_cast<int>(sizeof(int)), lane_id() == 0);
         }
-        expect(decided, count * static_cast<int>(sizeof(int)));
         approximate(work.value[values], here.norm, count);
+        // All together, instructions would be issued no faster than the products need theirs: what has time waits.
+        if (kBlocks == 2 && fetcher() >= 0) {
+          hopper::wait(multiplied, multiplied_parity_);
+          multiplied_parity_ ^= 1;
+        }
       }
       // While the scores travel: what the last chunk left to do, and what the next ones need.
       if (turn > 0) finish(i - 1);
-      fetch_keys(here, work.key[turn % 2]);
-      fetch_values(i + 2, list_at(2), work.value[later]);
-      fetch_list(i + 3, list_at(3));
+      if (fetcher() >= 0) {
+        fetch_keys(here, work.key[turn % 2]);
+        fetch_values(i + 2, list_at(2), work.value[later]);
+        fetch_list(i + 3, list_at(3));
+      }
       const int later_count = count_of(i + 2);
-      moves.met = 0;
+      moves.met = false;
       choice = {-1, -1};
       if (count > 0) {
         choice = choose(bank, work.value[values], here.norm, count, free);
@@ -107,7 +127,6 @@ class SummaryScan {
     write_rows(static_cast<float*>(p.new_summary_k) + kept, bank.k);
     write_rows(static_cast<float*>(p.new_summary_v) + kept, bank.v);
     write_mass(p.new_summary_mass, view.n, bank);
-    if (lane_id() == 0) hopper::wait_stores();
   }
 
  private:
@@ -117,21 +136,23 @@ class SummaryScan {
   static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kScanThreads / kWarp, kBatch = kTileRows / kBlocks,
                        kBatchBytes = kBatch * kGroupSlots * static_cast<int>(sizeof(float));
   using Shared = SummaryShared<T, kDim>;
-  static constexpr int kLoads = kSummaryRows / kWarps * kDim / (kWarp * kPacket);  // packets of 16 bytes that a lane fetches
+  // Warps that neither multiply nor settle fetch for all. Packets of 16 bytes of a row, rows of a warp, and packets of a lane.
+  static constexpr int kFetchers = kWarps / 2, kRowPackets = kDim / kPacket, kFetchedRows = kSummaryRows / kFetchers,
+                       kLoads = kFetchedRows * kRowPackets / kWarp;
   struct Slots {
     float k[kWarpSlots][kParts], v[kWarpSlots][kParts];
-    float mass;  // of the slot of lane % kWarpSlots
+    float mass[kWarpSlots];
   };
-  // Who went to this warp's slots, and what that does to them: mass, its inverse, and rate of the slot of lane % kWarpSlots.
+  // Who went to this warp's slots, bits of candidates c and c + 32, and which slots held something before.
   struct Moves {
-    uint64_t members[kWarpSlots];  // the candidates of each
-    unsigned met, used;            // slots that got any; that held something before
-    float mass, share, rate;
+    uint32_t members[kWarpSlots][2];
+    unsigned used;
+    bool met;  // any
   };
   struct Choice {
     int slot[2];  // of candidates lane and lane + 32, -1 beyond the last
   };
-  // What this thread fetched is there, for the tensor cores too.
+  // What this thread fetched and stored is there, for the tensor cores too.
   static __device__ void await_copies() {
     ampere::commit_copies();
     ampere::wait_copies<0>();
@@ -142,13 +163,11 @@ class SummaryScan {
 
   __device__ void load_state(Slots& bank) const {
     const float* mass = static_cast<const float*>(p.state_summary_mass) + view.n * slots;
-    bank.mass = 0.0f;
-    if (const int j = first + lane_id() % kWarpSlots; j < slots) bank.mass = mass[j];
     for (int j = threadIdx.x; j < slots; j += kWarps * kWarp) work.mass[j] = mass[j];
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      const float here = __shfl_sync(kAllLanes, bank.mass, s);
-      const bool read = first + s < slots && (chunks == 0 || here > 0.0f);
+      bank.mass[s] = first + s < slots ? mass[first + s] : 0.0f;
+      const bool read = first + s < slots && (chunks == 0 || bank.mass[s] > 0.0f);
       const int64_t at = view.summary_row(view.n, head, first + s) + lane_id() * kParts;
 #pragma unroll
       for (int e = 0; e < kParts; ++e) {
@@ -156,7 +175,7 @@ class SummaryScan {
         bank.v[s][e] = read ? static_cast<const float*>(p.state_summary_v)[at + e] : 0.0f;
       }
     }
-    publish(bank, ~0u);
+    publish(bank);
   }
 
   template <int kElements>
@@ -179,39 +198,55 @@ class SummaryScan {
     }
   }
 
-  // This warp's values in fixed order's reach, and as the tensor cores read them, of the slots of the mask.
-  __device__ void publish(const Slots& bank, unsigned changed) const {
-    float square[kWarpSlots];
+  // The sum over lanes of kWarpSlots numbers each: lane l gets that of number l / (32 / kWarpSlots).
+  static __device__ float sums(float (&x)[kWarpSlots]) {
+    int offset = kWarp / 2;
+#pragma unroll
+    for (int count = kWarpSlots / 2; count > 0; count /= 2, offset /= 2) {
+      const bool upper = lane_id() & offset;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        const float given = upper ? x[i] : x[i + count], kept = upper ? x[i + count] : x[i];
+        x[i] = kept + __shfl_xor_sync(kAllLanes, given, offset);
+      }
+    }
+#pragma unroll
+    for (; offset > 0; offset /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], offset);
+    return x[0];
+  }
+
+  // This warp's values in fixed order's reach, and as the tensor cores read them once await_copies has ordered that.
+  __device__ void publish(const Slots& bank) const {
+    float squares[kWarpSlots];
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      square[s] = 0.0f;
+      squares[s] = 0.0f;
 #pragma unroll
-      for (int e = 0; e < kParts; ++e) square[s] += bank.v[s][e] * bank.v[s][e];
+      for (int e = 0; e < kParts; ++e) squares[s] += bank.v[s][e] * bank.v[s][e];
     }
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int s = 0; s < kWarpSlots; ++s) square[s] += __shfl_xor_sync(kAllLanes, square[s], offset);
-    }
+    // What no 16-bit numbers can stand for becomes NaN, and is left to fixed order.
+    const float square = sums(squares);
+    const float scale_here = square < CUDART_INF_F ? rsqrtf(fmaxf(square, 1e-12f)) : CUDART_NAN_F;
     T* direction = work.direction[first / kGroupSlots];
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      if (!(changed >> s & 1)) continue;
+      const float scale = __shfl_sync(kAllLanes, scale_here, s * (kWarp / kWarpSlots));
       store_row(work.v + (first + s) * kDim + lane_id() * kParts, bank.v[s]);
-      // What no 16-bit numbers can stand for becomes NaN, and is left to fixed order.
-      const float scale = square[s] < CUDART_INF_F ? rsqrtf(fmaxf(square[s], 1e-12f)) : CUDART_NAN_F;
       float high[kParts], low[kParts];
 #pragma unroll
-      for (int e = 0; e < kParts; ++e) {
-        high[e] = bank.v[s][e] * scale;
-        low[e] = high[e] - widen(narrow<T>(high[e]));
+      for (int e = 0; e < kParts; ++e) high[e] = bank.v[s][e] * scale;
+#pragma unroll
+      for (int e = 0; e < kParts; e += 2) {
+        const float2 held = unpack<T>(pack<T>(high[e], high[e + 1]));
+        low[e] = high[e] - held.x;
+        low[e + 1] = high[e + 1] - held.y;
       }
       // Slot 8 t + 2 b + e of the 32 is row 8 b + 2 t + e, so that a lane of the products has eight neighbouring slots.
       const int slot = (first + s) % kGroupSlots, row = slot % 8 / 2 * 8 + slot / 8 * 2 + slot % 2;
-      store_part(place(direction, row, lane_id() * kParts), high);
-      store_part(place(direction, kGroupSlots + row, lane_id() * kParts), low);
+      T* const to = place(direction, row, lane_id() * kParts);
+      store_part(to, high);
+      store_part(to + kGroupSlots * (Shared::kPanelBytes / kSummaryRows / static_cast<int>(sizeof(T))), low);
     }
-    hopper::fence_async_proxy();
   }
   // Element d of a row of swizzled panels.
   template <class Element>
@@ -222,14 +257,19 @@ class SummaryScan {
 
   __device__ int count_of(int i) const { return i < chunks ? p.lists.summary_count[view.span.row0 + i] : 0; }
 
-  // A warp fetches as many rows as it has slots; which packet of which row is this lane's.
-  static constexpr int kRowPackets = kDim / kPacket;
-  __device__ int fetched_row(int load) const {
-    return warp_id() * (kSummaryRows / kWarps) + (load * kWarp + lane_id()) / kRowPackets;
+  // The fetchers are numbered from 0; others get a negative number. Which packet of which row is this lane's.
+  static __device__ int fetcher() {
+    const int quarter = warp_id() / 4;  // the first four warps multiply, with one block a head eight; as many settle first
+    constexpr int settling = kWarps / 2 / 4;
+    if constexpr (kBlocks == 2) return quarter == 1 || quarter == settling + 1 ? quarter / 2 * 4 + warp_id() % 4 : -1;
+    return quarter < settling ? -1 : warp_id() - kWarps / 2;
+  }
+  static __device__ int fetched_row(int load) {
+    return fetcher() * kFetchedRows + (load * kWarp + lane_id()) / kRowPackets;
   }
   static __device__ int fetched_element() { return lane_id() % kRowPackets * kPacket; }
-  __device__ void fetch(T* to, const void* from) const {
-    if (from != nullptr) ampere::copy_packet(to, static_cast<const T*>(from) + fetched_element(), true);
+  static __device__ void fetch(T* to, const void* from) {
+    ampere::copy_packet(to, static_cast<const T*>(from) + fetched_element(), true);
   }
   __device__ void fetch_values(int i, const CandidateList& list, T* to) const {
     if (i >= chunks) return;
@@ -252,8 +292,8 @@ class SummaryScan {
     const auto packet = [&](auto* to, const auto* from, int at) {
       ampere::copy_packet(reinterpret_cast<uint4*>(to) + at, reinterpret_cast<const uint4*>(from) + at, true);
     };
-    const int at = threadIdx.x % kSummaryRows, words = p.lists.tokens / 4;
-    switch (threadIdx.x / kSummaryRows) {
+    const int at = fetcher() % 2 * kWarp + lane_id(), words = p.lists.tokens / 4;
+    switch (fetcher() / 2) {
       case 0:
         if (at < p.lists.tokens) packet(list.rows, p.lists.summary_rows + (row * heads + head) * p.lists.tokens, at);
         break;
@@ -310,22 +350,27 @@ class SummaryScan {
   __device__ float* outgoing() const { return work.cosine + heads * owned * kSummaryRows; }
   // The sum over heads, in any order.
   __device__ float total_of(int row, int column) const {
+    const float* from = near(0, column / kGroupSlots) + row * kGroupSlots + column % kGroupSlots;
+    const int stride = 2 * owned * kGroupSlots;
     float total = 0.0f;
+    if (heads == kClusterBlocks) {  // without a branch in between, so that all are read at once
 #pragma unroll
-    for (int h = 0; h < kClusterBlocks; ++h) {
-      const float mine = near(min(h, heads - 1), column / kGroupSlots)[row * kGroupSlots + column % kGroupSlots];
-      total += h < heads ? mine : 0.0f;
+      for (int h = 0; h < kClusterBlocks; ++h) total += from[h * stride];
+    } else {
+#pragma unroll 1
+      for (int h = 0; h < heads; ++h) total += from[h * stride];
     }
     return total;
   }
-  __device__ void expect(uint64_t* barrier, int bytes) const {
-    if (threadIdx.x == 0) hopper::arrive_expect(barrier, bytes);
+  static __device__ void expect(uint64_t* barrier, int bytes, bool here = threadIdx.x == 0) {
+    if (here) hopper::arrive_expect(barrier, bytes);
   }
 
-  // Cosines of all candidates and slots by the tensor cores, 32 slots a warpgroup; sent to the blocks that sum them.
+  // Cosines of all candidates and slots by the tensor cores, 32 slots a warpgroup; sent to the blocks that sum them. Also where
+  // there are no slots: so no block can be a chunk ahead of another.
   __device__ void approximate(const T* value, const float* norm, int count) const {
     const int group = warp_id() / 4 + part, g = lane_id() / 4, first_row = warp_id() % 4 * 16;
-    if (warp_id() / 4 >= kSlots / kGroupSlots || group * kGroupSlots >= slots) return;
+    if (warp_id() / 4 >= kSlots / kGroupSlots) return;
     float d[32];
     const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
     hopper::begin_products();
@@ -356,9 +401,17 @@ class SummaryScan {
     }
     hopper::fence_async_proxy();
     __syncwarp();
-    // A batch a lane.
-    if (lane_id() >= 16 / kBatch || first_row + lane_id() * kBatch >= count) return;
-    send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
+    // A batch a lane; this block's own, which a bulk copy must not take, by the whole warp.
+    if (lane_id() == 0) hopper::arrive(multiplied);
+    const bool sends = lane_id() < 16 / kBatch && first_row + lane_id() * kBatch < count;
+    if (sends && !batch_own_) send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
+    for (unsigned left = __ballot_sync(kAllLanes, sends && batch_own_); left != 0; left &= left - 1) {
+      const int lane = __ffs(left) - 1;
+      const uint32_t to = __shfl_sync(kAllLanes, batch_to_, lane), barrier = __shfl_sync(kAllLanes, batch_scored_, lane);
+      for (int i = lane_id(); i < kBatchBytes / 16; i += kWarp) {
+        send(to + i * 16, reinterpret_cast<const uint4*>(rows + lane * kBatch * kGroupSlots)[i], barrier);
+      }
+    }
   }
 
   // What is told of a candidate: its slot, -1 where it is open, or which two slots alone are left.
@@ -404,7 +457,7 @@ class SummaryScan {
     int open = count, rank[2] = {0, 0};
     bool pairs = free == 0;
     if (free < slots) {
-      if (owned_count(count) > 0) {
+      if (this->rank * kBatch < count) {
         hopper::wait(scored, scored_parity_);
         scored_parity_ ^= 1;
         // First those warps that had nothing to multiply.
@@ -414,17 +467,25 @@ class SummaryScan {
       }
       hopper::wait(decided, decided_parity_);
       decided_parity_ ^= 1;
+      bool settled = true;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int c = lane_id() + u * kWarp;
+        if (c < count) settled &= (choice.slot[u] = work.choice[c]) >= 0;
+      }
+      if (__all_sync(kAllLanes, settled)) {
+        if (free > 0) sync();  // which slots are in use has been read
+        return choice;
+      }
       open = 0;
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int c = lane_id() + u * kWarp;
-        if (c < count) choice.slot[u] = work.choice[c];
         const unsigned mask = __ballot_sync(kAllLanes, c < count && choice.slot[u] < 0);
         rank[u] = open + __popc(mask & ((1u << lane_id()) - 1));
         open += __popc(mask);
         pairs = pairs && !__any_sync(kAllLanes, c < count && choice.slot[u] == -1);
       }
-      if (open == 0) return choice;
     }
     if (pairs) {
       compare_pairs(choice, rank, value, norm, open);
@@ -605,108 +666,116 @@ class SummaryScan {
     }
   }
 
-  // The sum of the members' rows, each times its gate, in order.
+  // The sums of the members' rows, each times its gate, in order, and those of their gates. One member of each slot at a time, so
+  // that their loads are underway together.
   template <class Part>
-  static __device__ void weigh(float (&sum)[kParts], uint64_t members, const float* gate, Part part) {
+  static __device__ void weigh(float (&sum)[kWarpSlots][kParts], float (&mass)[kWarpSlots], const Moves& moves, const float* gate,
+                               Part part) {
 #pragma unroll
-    for (int e = 0; e < kParts; ++e) sum[e] = 0.0f;
+    for (int s = 0; s < kWarpSlots; ++s) {
+      mass[s] = 0.0f;
+#pragma unroll
+      for (int e = 0; e < kParts; ++e) sum[s][e] = 0.0f;
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      uint32_t left[kWarpSlots];
+#pragma unroll
+      for (int s = 0; s < kWarpSlots; ++s) left[s] = moves.members[s][u];
+      const auto any = [&] {
+        uint32_t all = 0;
+#pragma unroll
+        for (int s = 0; s < kWarpSlots; ++s) all |= left[s];
+        return all != 0;
+      };
 #pragma unroll 1
-    for (uint64_t left = members; left != 0;) {  // two at a time, so that their loads are underway together
-      const int a = __ffsll(left) - 1;
-      left &= left - 1;
-      const bool both = left != 0;
-      const int b = both ? __ffsll(left) - 1 : a;
-      left &= left - 1;
-      float x[kParts], y[kParts];
-      const float of_a = gate[a], of_b = gate[b];
-      load_part(x, part(a));
-      load_part(y, part(b));
+      while (any()) {
+        float weight[kWarpSlots], x[kWarpSlots][kParts];
 #pragma unroll
-      for (int e = 0; e < kParts; ++e) {
-        sum[e] += of_a * x[e];
-        if (both) sum[e] += of_b * y[e];
+        for (int s = 0; s < kWarpSlots; ++s) {
+          const int c = u * kWarp + __clz(__brev(left[s])) % kWarp;
+          weight[s] = gate[c];
+          load_part(x[s], part(c));
+        }
+#pragma unroll
+        for (int s = 0; s < kWarpSlots; ++s) {
+          const bool here = left[s] != 0;
+          mass[s] = here ? mass[s] + weight[s] : mass[s];
+#pragma unroll
+          for (int e = 0; e < kParts; ++e) sum[s][e] = here ? sum[s][e] + weight[s] * x[s][e] : sum[s][e];
+          left[s] &= left[s] - 1;
+        }
       }
     }
   }
 
-  // Values move towards the means of what they were given.
+  // Values move towards the means of what they were given. A free slot, which is 0, becomes the mean.
   __device__ void move_values(Slots& bank, Moves& moves, const Choice& choice, const T* value, const float* gate) const {
-    uint64_t mine = 0;
-    moves.met = 0;
+    uint32_t all = 0;
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      const uint64_t low = __ballot_sync(kAllLanes, choice.slot[0] == first + s);
-      const uint64_t high = __ballot_sync(kAllLanes, choice.slot[1] == first + s);
-      moves.members[s] = low | high << kWarp;
-      if (moves.members[s] != 0) moves.met |= 1u << s;
-      if (lane_id() % kWarpSlots == s) mine = moves.members[s];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) all |= moves.members[s][u] = __ballot_sync(kAllLanes, choice.slot[u] == first + s);
     }
-    if (moves.met == 0) return;
-    moves.mass = 0.0f;
-#pragma unroll 1
-    for (uint64_t left = mine; left != 0; left &= left - 1) moves.mass += gate[__ffsll(left) - 1];
-    const bool used = bank.mass > 0.0f;
-    __syncwarp();
-    moves.used = __ballot_sync(kAllLanes, used);
-    moves.share = 1.0f / moves.mass;
-    moves.rate = used ? 1.0f - pow(stay, moves.mass) : 1.0f;
-    if (mine != 0) {
-      bank.mass = used ? bank.mass + moves.mass : moves.mass;
-      if (lane_id() < kWarpSlots) work.mass[first + lane_id()] = bank.mass;
-    }
-    __syncwarp();
+    moves.met = all != 0;
+    if (!moves.met) return;
+    moves.used = 0;
+    float sum[kWarpSlots][kParts], mass[kWarpSlots];
+    weigh(sum, mass, moves, gate, [&](int c) { return place(value, c, lane_id() * kParts); });
+    // Without branches, so that slots do not wait for each other.
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      const float mass = __shfl_sync(kAllLanes, moves.mass, s), share = __shfl_sync(kAllLanes, moves.share, s);
-      const float rate = __shfl_sync(kAllLanes, moves.rate, s);
-      if (moves.members[s] == 0) continue;
-      float mean[kParts];
-      weigh(mean, moves.members[s], gate, [&](int c) { return place(value, c, lane_id() * kParts); });
+      const bool here = moved(moves, s), used = bank.mass[s] > 0.0f;
+      moves.used |= static_cast<unsigned>(used) << s;
+      const float by = here ? mass[s] : 1.0f, share = reciprocal(by), rate = rate_of(used, by);
+      bank.mass[s] = here ? used ? bank.mass[s] + by : by : bank.mass[s];
 #pragma unroll
       for (int e = 0; e < kParts; ++e) {
-        const float to = quotient(mean[e], mass, share);
-        bank.v[s][e] = moves.used >> s & 1 ? bank.v[s][e] + rate * (to - bank.v[s][e]) : to;
+        const float next = bank.v[s][e] + rate * (quotient(sum[s][e], by, share) - bank.v[s][e]);
+        bank.v[s][e] = here ? next : bank.v[s][e];
       }
     }
-    // The copy engine has read the values that are overwritten now.
-    if (lane_id() == 0) hopper::wait_stores_read();
-    __syncwarp();
-    publish(bank, moves.met);
+    if (lane_id() == 0) {
+#pragma unroll
+      for (int s = 0; s < kWarpSlots; ++s) work.mass[first + s] = bank.mass[s];
+    }
+    publish(bank);
   }
+  // Rounded as a division would be, of normal numbers.
+  static __device__ float reciprocal(float x) {
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
+    return __fmaf_rn(__fmaf_rn(-x, near, 1.0f), near, near);
+  }
+  __device__ float rate_of(bool used, float mass) const { return used ? ema_rate(log_stay, mass) : 1.0f; }
+  static __device__ bool moved(const Moves& moves, int s) { return (moves.members[s][0] | moves.members[s][1]) != 0; }
 
   // Keys follow, with what the values were moved by.
   __device__ void move_keys(Slots& bank, const Moves& moves, const T* key, const float* gate) const {
-    if (moves.met == 0) return;
+    if (!moves.met) return;
+    float sum[kWarpSlots][kParts], mass[kWarpSlots];
+    weigh(sum, mass, moves, gate, [&](int c) { return key + c * kDim + lane_id() * kParts; });
 #pragma unroll
     for (int s = 0; s < kWarpSlots; ++s) {
-      const float share = __shfl_sync(kAllLanes, moves.share, s), rate = __shfl_sync(kAllLanes, moves.rate, s);
-      if (moves.members[s] == 0) continue;
-      float mean[kParts];
-      weigh(mean, moves.members[s], gate, [&](int c) { return key + c * kDim + lane_id() * kParts; });
+      if (!moved(moves, s)) continue;
+      const float share = reciprocal(mass[s]), rate = rate_of(moves.used >> s & 1, mass[s]);
 #pragma unroll
-      for (int e = 0; e < kParts; ++e) {
-        const float to = mean[e] * share;
-        bank.k[s][e] = moves.used >> s & 1 ? bank.k[s][e] + rate * (to - bank.k[s][e]) : to;
-      }
+      for (int e = 0; e < kParts; ++e) bank.k[s][e] += rate * (sum[s][e] * share - bank.k[s][e]);
     }
   }
 
-  // This warp's slots to row `row` of a snapshot: values by the copy engine, which finds them in shared memory.
-  __device__ void write_snapshot(int64_t row, const Slots& bank) const {
-    const int mine = min(kWarpSlots, slots - first);
-    const int64_t at = view.summary_row(row, head, first);
-    __syncwarp();
-    if (lane_id() == 0 && mine > 0) {
-      hopper::store_bytes(static_cast<float*>(p.summary_v) + at, work.v + first * kDim,
-                          static_cast<uint32_t>(mine * kDim * sizeof(float)));
-      hopper::commit_stores();
-    }
-    write_rows(static_cast<float*>(p.summary_k) + at, bank.k);
+  // This warp's slots to row `row` of a snapshot; rows come one after the other.
+  __device__ void write_snapshot(int64_t row, const Slots& bank) {
+    write_rows(static_cast<float*>(p.summary_k) + snapshot_, bank.k);
+    write_rows(static_cast<float*>(p.summary_v) + snapshot_, bank.v);
     write_mass(p.summary_mass, row, bank);
+    snapshot_ += heads * slots * kDim;
   }
   __device__ void write_mass(void* to, int64_t row, const Slots& bank) const {
-    if (head == 0 && lane_id() < kWarpSlots && first + lane_id() < slots) {
-      static_cast<float*>(to)[row * slots + first + lane_id()] = bank.mass;
+    if (head != 0 || lane_id() != 0) return;
+#pragma unroll
+    for (int s = 0; s < kWarpSlots; ++s) {
+      if (first + s < slots) static_cast<float*>(to)[row * slots + first + s] = bank.mass[s];
     }
   }
   __device__ void write_rows(float* to, const float (&rows)[kWarpSlots][kParts]) const {
@@ -719,12 +788,14 @@ class SummaryScan {
   const BankScan& p;
   const ScanView<T> view;
   Shared& work;
-  // Barriers: cosines of the candidates of this block, what was decided about all, and cosines of pairs.
-  uint64_t *scored, *decided, *met;
+  // Barriers: cosines of the candidates of this block, what was decided about all, cosines of pairs, and that products are done.
+  uint64_t *scored, *decided, *met, *multiplied;
   const int rank, head, part, heads, slots, first, chunks, owned;  // first: slot of this warp
-  const float stay;  // 1 - eta
+  const float log_stay;  // binary logarithm of 1 - eta
   uint32_t batch_to_ = 0, batch_scored_ = 0;
-  uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0;
+  bool batch_own_ = false;
+  int64_t snapshot_;  // where this warp's slots go in the next row
+  uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0, multiplied_parity_ = 0;
 };
 
 }  // namespace coda::kernels::sm90

@@ -79,20 +79,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tenso
   const auto int32 = k.options().dtype(at::kInt);
   const auto fresh = [](const at::Tensor& t) { return at::empty(t.sizes(), t.options()); };
   const auto index_shape = {p.chunk_rows, static_cast<int64_t>(p.gate_groups), static_cast<int64_t>(p.exact_slots)};
-  const auto index = p.novelty ? at::full(index_shape, -1, int32) : at::empty(index_shape, int32);  // retention writes every row
-  const auto summary_k = at::zeros({p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, held.summary_k.options());
-  const auto summary_v = at::zeros_like(summary_k);
-  const auto summary_mass = at::zeros({p.chunk_rows, p.summary_slots}, held.summary_mass.options());
+  const auto index = at::empty(index_shape, int32);
+  const auto summary_k = at::empty({p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, held.summary_k.options());
+  const auto summary_v = at::empty_like(summary_k);
+  const auto summary_mass = at::empty({p.chunk_rows, p.summary_slots}, held.summary_mass.options());
   const auto source = at::empty({p.sequences, p.gate_groups, p.exact_slots}, int32);
-  const auto assignment = at::full({p.chunk_rows, p.summary_slots > 0 ? p.chunk : 0}, -1, int32);
-  const bool counts_on = p.novelty || p.exact_slots == 0;  // retention begins them itself
+  const auto assignment = at::empty({p.chunk_rows, p.summary_slots > 0 ? p.chunk : 0}, int32);
   const State made{.k = fresh(held.k),
                    .v = fresh(held.v),
                    .gate = fresh(held.gate),
                    .exact_pos = fresh(held.exact_pos),
                    .tokens_seen = fresh(held.tokens_seen),
                    .last_touch = fresh(held.last_touch),
-                   .counts = counts_on ? held.counts.clone() : fresh(held.counts),
+                   .counts = fresh(held.counts),
                    .summary_k = fresh(held.summary_k),
                    .summary_v = fresh(held.summary_v),
                    .summary_mass = fresh(held.summary_mass)};
