@@ -16,8 +16,8 @@ struct CopyParams : BankScanForward {
 
 constexpr int kClearing = 8;  // blocks of a chunk row
 
-// What scans do not write: chunk rows that no chunk uses, the assignment of who is no candidate, and the counts so far. Retention
-// takes care of its index and counts.
+// What scans do not write: chunk rows that no chunk uses and the assignment of who is no candidate. Retention takes care of its
+// index.
 template <class T>
 __global__ void __launch_bounds__(kWarps * kWarp) begin_kernel(BankScanForward p) {
   wait_for_stream();
@@ -29,10 +29,6 @@ __global__ void __launch_bounds__(kWarps * kWarp) begin_kernel(BankScanForward p
       static_cast<int32_t*>(rows)[row * words + i] = word;
     }
   };
-  const bool counts = p.novelty || p.exact_slots == 0;
-  if (const int64_t i = row * blockDim.x + threadIdx.x; counts && blockIdx.y == 0 && i < 2 * p.sequences) {
-    p.new_counts[i] = p.counts[i];
-  }
   if (p.summary_slots > 0) fill(p.assignment, p.chunk, -1);
   if (const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk); row < span.row0 + span.chunks) return;
   if (p.novelty) fill(p.index, p.exact_slots, -1);
@@ -42,15 +38,16 @@ __global__ void __launch_bounds__(kWarps * kWarp) begin_kernel(BankScanForward p
   fill(p.summary_mass, static_cast<int64_t>(p.summary_slots) * words, 0);
 }
 
-// One warp copies one slot of one KV head into the new state.
+// One warp copies one slot of one KV head into the new state. Without exact slots nothing else brings the counts.
 template <class T>
 __global__ void __launch_bounds__(kWarps * kWarp, 4) copy_new_state_kernel(CopyParams p) {
   const int slot = static_cast<int>(blockIdx.y) * kWarps + warp_id(), head = static_cast<int>(blockIdx.x % p.kv_heads);
   if (slot >= p.window + p.exact_slots) return;
   const int64_t n = blockIdx.x / p.kv_heads;
+  if (p.exact_slots == 0 && slot == 0 && head == 0 && lane_id() == 0) write_counts(p, n, 0, 0);
   if (slot < p.window) return copy_ring_slots(p, ScanView<T>(p, n), head, slot, 1, p.wide);
   const int from = p.source[(n * p.gate_groups + (p.gate_groups == 1 ? 0 : head)) * p.exact_slots + slot - p.window];
-  copy_slots<T, true>(p, ScanView<T>(p, n), head, slot, 1, [&](int) { return from < 0 ? slot : from; }, p.wide);
+  copy_slots<T, true>(p, ScanView<T>(p, n), head, slot, 1, [&](int) { return from < 0 ? slot : from; }, p.wide, p.inv_freq);
 }
 
 // The banks that clusters serve on this device.
@@ -89,7 +86,7 @@ size_t bank_scan_workspace(const BankScanParams& params, DType dtype) {
 
 cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaStream_t stream) {
   const auto clusters = in_clusters(params, dtype);
-  if (params.novelty || params.exact_slots == 0 || params.summary_slots > 0) {
+  if (params.novelty || params.summary_slots > 0) {
     if (const auto status = begin(params, dtype, stream); status != cudaSuccess) return status;
   }
   if (clusters) {

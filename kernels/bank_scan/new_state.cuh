@@ -23,11 +23,14 @@ inline int slots_of_warp(const BankScanForward& p) {
   return static_cast<int>(heads < 1 ? 1 : heads < kSlotsAtOnce ? heads : kSlotsAtOnce);
 }
 
+__device__ inline void fetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // What slots [slot0, slot0 + count) of one KV head hold in the new state: the tokens in flat sources source(i), for a bank slot
-// turned back where it was not in a bank before. Who copies the first slot of all counts the tokens. One warp.
+// turned back where it was not in a bank before, by frequencies that may have been brought near. Who copies the first slot of all
+// counts the tokens. One warp.
 template <class T, bool kBank, class Source>
 __device__ inline void copy_slots(const BankScanForward& p, const ScanView<T>& view, int head, int slot0, int count,
-                                  Source source, bool wide) {
+                                  Source source, bool wide, const double* inv_freq) {
   using A = acc_t<T>;
   const int held = view.held(), group = p.gate_groups == 1 ? 0 : head;
   const int64_t to = view.state_row(slot0, head) * p.dim;
@@ -35,6 +38,28 @@ __device__ inline void copy_slots(const BankScanForward& p, const ScanView<T>& v
   const auto turns = [&](int from) { return kBank && p.has_bank_distance && (from < p.window || from >= held); };
   const auto key = [&](int from) { return view.row(p.state_k, p.k, from, head); };
   const auto value = [&](int from) { return view.value(from, head); };
+  const auto copy_gates = [&] {
+    if (lane_id() >= count || head != group) return;
+    const int slot = slot0 + lane_id();
+    static_cast<A*>(p.new_gate)[(view.n * p.gate_groups + group) * held + slot] = view.gate(source(lane_id()), group);
+    if (slot == 0 && head == 0) p.new_tokens_seen[view.n] = view.span.end();
+  };
+  if (kBank) {  // gates and keys that turn first, while all rows are on their way to the cache
+    constexpr int kLine = 128 / sizeof(T);
+#pragma unroll 1
+    for (int j = 0; j < count; ++j) {
+#pragma unroll 1
+      for (int i = lane_id() * kLine; i < 2 * p.dim; i += kWarp * kLine) {
+        fetch_line(i < p.dim ? key(source(j)) + i : value(source(j)) + i - p.dim);
+      }
+    }
+    copy_gates();
+#pragma unroll 1
+    for (int j = 0; j < count; ++j) {
+      const int from = source(j);
+      if (turns(from)) turn_back_row(new_k + j * p.dim, key(from), p.dim, view.position_of(from), inv_freq, p.rope_interleaved);
+    }
+  }
   if (wide) {
     const int packets = p.dim * static_cast<int>(sizeof(T)) / 16;
 #pragma unroll 1
@@ -64,16 +89,7 @@ __device__ inline void copy_slots(const BankScanForward& p, const ScanView<T>& v
       }
     }
   }
-#pragma unroll 1
-  for (int j = 0; j < count; ++j) {
-    const int from = source(j);
-    if (turns(from)) turn_back_row(new_k + j * p.dim, key(from), p.dim, view.position_of(from), p.inv_freq, p.rope_interleaved);
-  }
-  if (lane_id() < count && head == group) {
-    const int slot = slot0 + lane_id();
-    static_cast<A*>(p.new_gate)[(view.n * p.gate_groups + group) * held + slot] = view.gate(source(lane_id()), group);
-    if (slot == 0 && head == 0) p.new_tokens_seen[view.n] = view.span.end();
-  }
+  if (!kBank) copy_gates();
 }
 
 // The same of slots of the ring: new tokens, or what they held.
@@ -84,7 +100,19 @@ __device__ inline void copy_ring_slots(const BankScanForward& p, const ScanView<
   copy_slots<T, false>(p, view, head, slot0, count, [&](int i) {
     const int64_t mine = position + i < end ? position + i : position + i - p.window;
     return mine >= view.span.first ? view.held() + static_cast<int>(mine - view.span.first) : slot0 + i;
-  }, wide);
+  }, wide, nullptr);
+}
+
+// The ring cut into parts for blocks of some warps, each of which copies `count` slots of a KV head.
+inline int64_t ring_parts(const BankScanForward& p, int warps, int count) {
+  return p.sequences * p.kv_heads * ((p.window + warps * count - 1) / (warps * count));
+}
+template <class T>
+__device__ inline void copy_ring_part(const BankScanForward& p, int part, int count, bool wide) {
+  const int slots = warp_count() * count, parts = (p.window + slots - 1) / slots, row = part / parts;
+  const int slot = part % parts * slots + warp_id() * count;
+  if (slot >= p.window) return;
+  copy_ring_slots(p, ScanView<T>(p, row / p.kv_heads), row % p.kv_heads, slot, min(count, p.window - slot), wide);
 }
 
 }  // namespace coda::kernels

@@ -126,10 +126,7 @@ __global__ void __launch_bounds__(kThreads) novelty_kernel(BankScanForward p) {
     p.new_exact_pos[view.n * slots + j] = work.position[j];
     p.new_last_touch[view.n * slots + j] = bank.last_touch[j];
   }
-  if (threadIdx.x == 0) {
-    p.new_counts[2 * view.n] += inserts;
-    p.new_counts[2 * view.n + 1] += hits;
-  }
+  if (threadIdx.x == 0) write_counts(p, view.n, inserts, hits);
 }
 
 size_t layout_bytes(const BankScanParams& p, DType dtype) {

@@ -1,17 +1,9 @@
-#include "new_state.cuh"
 #include "retention_segments.cuh"
 
 namespace coda::kernels {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr size_t kStagedLimit = 16 * 1024;
-
-struct RowsParams : RetentionScan {
-  int staged;    // segments whose rank_after is read at once
-  int per_warp;  // exact slots of the new state
-  bool wide;
-};
 
 struct RowsMemory {
   int32_t* staged;   // (staged, capacity)
@@ -19,20 +11,20 @@ struct RowsMemory {
   int32_t* id;       // (capacity) likewise, as the next two from the step before
   int32_t* until;    // (capacity)
   int2* stay;        // (segment_tokens)
+  int32_t* strip;    // (strip_rows, exact_slots)
+  double* inv_freq;  // (D/2)
 
-  __host__ __device__ RowsMemory(Carver& carver, int lists, int capacity, int tokens)
-      : staged(carver.take<int32_t>(lists * capacity)), slot_of(carver.take<int32_t>(capacity)),
-        id(carver.take<int32_t>(capacity)), until(carver.take<int32_t>(capacity)), stay(carver.take<int2>(tokens)) {}
+  __host__ __device__ RowsMemory(Carver& carver, const RetentionScan& p)
+      : staged(carver.take<int32_t>(p.staged * p.capacity)), slot_of(carver.take<int32_t>(p.capacity)),
+        id(carver.take<int32_t>(p.capacity)), until(carver.take<int32_t>(p.capacity)),
+        stay(carver.take<int2>(p.segment_tokens)), strip(carver.take<int32_t>(p.strip_rows * p.exact_slots)),
+        inv_freq(carver.take<double>(p.dim / 2)) {}
 };
-
-int staged_lists(const RetentionScan& p) {
-  return std::max(static_cast<int>(kStagedLimit / (std::max(p.capacity, 1) * sizeof(int32_t))), 1);
-}
 
 // Follows the slots [begin, end), of which those below 0 are none, through the first `count` segments of a sequence, which start
 // at `segment`: calls found(slot, rank) with the rank that what is in a slot has then. The whole block; ends with a barrier.
 template <class Found>
-__device__ inline void follow_slots(const RowsParams& p, int32_t* staged, int64_t state, int64_t segment, int count, int begin,
+__device__ inline void follow_slots(const RetentionScan& p, int32_t* staged, int64_t state, int64_t segment, int count, int begin,
                                     int end, Found found) {
   const int capacity = p.capacity;
   for (; begin < end; begin += kThreads) {
@@ -58,21 +50,22 @@ __device__ inline void follow_slots(const RowsParams& p, int32_t* staged, int64_
   __syncthreads();
 }
 
-// The rows of one segment, those that no chunk uses as well.
-__device__ inline void write_rows(const RowsParams& p, const SegmentPlan& plan, int group, int64_t row, const RowsMemory& work) {
+constexpr int kAsBefore = -2;  // in a strip: what the row before has
+
+// The rows of one segment, those that no chunk uses as well. The whole block.
+__device__ inline void write_rows(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row,
+                                  const RowsMemory& work) {
   const auto& sequence = plan.sequence;
-  const int rows = plan.rows, used = plan.used, sinks = p.num_sinks, slots = p.exact_slots, capacity = p.capacity;
-  const int64_t stride = static_cast<int64_t>(p.gate_groups) * slots;
-  int32_t* index = p.index + (static_cast<int64_t>(sequence.row0 + plan.begin) * p.gate_groups + group) * slots;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < (rows - used) * slots; i += kThreads) index[(used + i / slots) * stride + i % slots] = -1;
-  if (used == 0) return;
-  const auto hold = [&](int slot, int id, int from, int until) {
-    const int source = sequence.source_of_id(p, id);
-    int32_t* to = index + from * stride + sinks + slot;
-#pragma unroll 1
-    for (int b = from; b < min(until, used); ++b, to += stride) *to = source;
+  const int used = plan.used, sinks = p.num_sinks, slots = p.exact_slots, capacity = p.capacity;
+  const auto index_row = [&](int b) {
+    return p.index + (static_cast<int64_t>(sequence.row0 + plan.begin + b) * p.gate_groups + group) * slots;
   };
+#pragma unroll 1
+  for (int b = used + warp_id(); b < plan.rows; b += kWarps) {
+#pragma unroll 1
+    for (int j = lane_id(); j < slots; j += kWarp) index_row(b)[j] = -1;
+  }
+  if (used == 0) return;
 #pragma unroll 1
   for (int e = threadIdx.x; e < capacity; e += kThreads) {
     bring(p, work.id + e, p.bank_id + row * capacity + e);
@@ -82,103 +75,148 @@ __device__ inline void write_rows(const RowsParams& p, const SegmentPlan& plan, 
   for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) {
     bring(p, work.stay + c, p.token_stay + row * p.segment_tokens + c);
   }
-  const int before = plan.before(p);
+  const int before = plan.before(p), first = plan.first_id(p);
   if (before == 0 || capacity == 0) wait_brought();  // else follow_slots does
   follow_slots(p, work.staged, sequence.state_row(p, group), row - static_cast<int64_t>(before) * p.gate_groups, before,
-               0, capacity, [&](int slot, int rank) {
-                 work.slot_of[rank] = slot;
-                 hold(slot, work.id[rank], 0, work.until[rank]);
-               });
-  const int first = sequence.first_id + plan.begin * p.chunk;
+               0, capacity, [&](int slot, int rank) { work.slot_of[rank] = slot; });
+  // What is in a slot, and for how long, gives no order in which to write whole rows. So each source goes into a strip of rows in
+  // shared memory, where it comes in, and whoever writes a slot's column takes it along.
 #pragma unroll 1
-  for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) {
-    const int2 stay = work.stay[c];
-    if (stay.x > 0) hold(work.slot_of[stay.y], first + c, p.by_chunk.quotient(c), stay.x);
-  }
+  for (int b0 = 0; b0 < used; b0 += p.strip_rows) {
+    const int end = min(b0 + p.strip_rows, used);
+    const auto hold = [&](int slot, int id, int from, int until) {
+      const int b = max(from, b0);
+      if (b < min(until, end)) work.strip[(b - b0) * slots + sinks + slot] = sequence.source_of_id(p, id);
+    };
 #pragma unroll 1
-  for (int i = threadIdx.x; i < used * sinks; i += kThreads) {
-    const int b = i / sinks, j = i % sinks;
-    index[b * stride + j] = sequence.sink_source(p, group, j, sequence.evicted_end(p, plan.begin + b));
+    for (int i = threadIdx.x; i < (end - b0) * slots; i += kThreads) work.strip[i] = kAsBefore;
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < capacity; e += kThreads) hold(work.slot_of[e], work.id[e], 0, work.until[e]);
+#pragma unroll 1
+    for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) {
+      const int2 stay = work.stay[c];
+      if (stay.x > 0) hold(work.slot_of[stay.y], first + c, p.by_chunk.quotient(c), stay.x);
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (end - b0) * sinks; i += kThreads) {
+      const int b = i / sinks, j = i - b * sinks;
+      work.strip[b * slots + j] = sequence.sink_source(p, group, j, sequence.evicted_end(p, plan.begin + b0 + b));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int j = threadIdx.x; j < slots; j += kThreads) {
+      int held = -1;
+      int32_t* to = index_row(b0) + j;
+#pragma unroll 2
+      for (int b = b0; b < end; ++b, to += static_cast<int64_t>(p.gate_groups) * slots) {
+        const int now = work.strip[(b - b0) * slots + j];
+        *to = held = now == kAsBefore ? held : now;
+      }
+    }
+    __syncthreads();
   }
 }
 
-// The sources of the exact slots [slot0, end) of one KV head, which the new state gets. The whole block.
-__device__ inline void find_sources(const RowsParams& p, int n, int head, int slot0, int end, const RowsMemory& work,
-                                    int* source_of) {
-  const int group = p.gate_groups == 1 ? 0 : head, sinks = p.num_sinks;
-  const auto plan = SequencePlan::of(p, n);
+// Calls found(slot, source, position) with what the exact slots [slot0, end) of one gate group hold in the new state, -1 where
+// nothing. The whole block; ends with a barrier.
+template <class Found>
+__device__ inline void find_sources(const RetentionScan& p, const SequencePlan& plan, int group, int slot0, int end,
+                                    const RowsMemory& work, Found found) {
+  const int sinks = p.num_sinks;
   const int64_t state = plan.state_row(p, group);
   const int count = plan.segments(p), j = slot0 + static_cast<int>(threadIdx.x);
-  const auto put = [&](int slot, int source, int64_t position) {
-    source_of[slot - slot0] = source < 0 ? p.window + slot : source;
-    if (head != group) return;
-    p.source[state * p.exact_slots + slot] = source;
-    p.new_exact_pos[state * p.exact_slots + slot] = position;
-  };
   if (j < min(end, sinks)) {
     const int source = plan.sink_source(p, group, j, plan.last_end(p));
-    put(j, source, source < 0 ? -1 : j);
+    found(j, source, int64_t{source < 0 ? -1 : j});
   }
   const int32_t* ids = (count > 0 ? p.last_id : p.carried_id) + state * p.capacity;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < p.capacity; e += kThreads) bring(p, work.id + e, ids + e);
+  if (count == 0) wait_brought();  // else follow_slots does
   const int64_t segment = static_cast<int64_t>(plan.segment0(p)) * p.gate_groups + group;
   follow_slots(p, work.staged, state, segment, count, slot0 - sinks, end - sinks, [&](int slot, int rank) {
-    const int id = ids[rank];
-    put(sinks + slot, plan.source_of_id(p, id),
-        id >= 0 ? plan.evicted + id : id == -1 ? -1 : p.exact_pos[state * p.exact_slots + sinks - 2 - id]);
+    const int id = work.id[rank];
+    found(sinks + slot, plan.source_of_id(p, id),
+          id >= 0 ? plan.evicted + id : id == -1 ? -1 : p.exact_pos[state * p.exact_slots + sinks - 2 - id]);
   });
 }
+__device__ inline void write_source(const RetentionScan& p, int64_t state, int slot, int source, int64_t position) {
+  p.source[state * p.exact_slots + slot] = source;
+  p.new_exact_pos[state * p.exact_slots + slot] = position;
+}
 
-__host__ __device__ inline int parts_of(const RowsParams& p) {
-  return (p.exact_slots + kWarps * p.per_warp - 1) / (kWarps * p.per_warp);
+// The counts of a sequence, whose segments have all been walked: what came into the banks, and the sinks among what left the ring.
+// One warp.
+__device__ inline void count_arrivals(const RetentionScan& p, const SequencePlan& plan) {
+  const int64_t first = static_cast<int64_t>(plan.segment0(p)) * p.gate_groups;
+  const int segments = plan.segments(p) * p.gate_groups;
+  int sum = 0;
+  for (int i = lane_id(); i < segments; i += kWarp) sum += p.arrived[first + i];
+  sum = __reduce_add_sync(kAllLanes, sum);
+  const int64_t pinned = min(plan.last_end(p), static_cast<int64_t>(p.num_sinks)) - plan.evicted;
+  if (lane_id() == 0) write_counts(p, plan.number, sum + (pinned > 0 ? pinned * p.gate_groups : 0), 0);
+}
+
+inline size_t rows_bytes(const RetentionScan& p) {
+  Carver sizes(nullptr);
+  RowsMemory(sizes, p);
+  return sizes.used();
+}
+
+__host__ __device__ inline int parts_of(const RetentionScan& p) {
+  return (p.exact_slots + kWarps * p.copied - 1) / (kWarps * p.copied);
 }
 
 // The first blocks write the rows of the index, the others the exact slots of the new state.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) retention_rows_kernel(RowsParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 4 : 3) retention_rows_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ SegmentPlan plan;
   __shared__ int source_of[kWarps * kSlotsAtOnce];
+  wait_for_stream();
   const int row_blocks = static_cast<int>(p.segments) * p.gate_groups;
   Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
-  const RowsMemory work(carver, p.staged, p.capacity, p.segment_tokens);
+  const RowsMemory work(carver, p);
   if (static_cast<int>(blockIdx.x) < row_blocks) {
     SegmentPlan::put(&plan, p, static_cast<int>(blockIdx.x) / p.gate_groups);
     __syncthreads();
-    write_rows(p, plan, static_cast<int>(blockIdx.x) % p.gate_groups, blockIdx.x, work);
+    const int group = static_cast<int>(blockIdx.x) % p.gate_groups;
+    write_rows(p, plan, group, blockIdx.x, work);
+    if (plan.begin == 0 && group == 0 && warp_id() == 0) count_arrivals(p, plan.sequence);
     return;
   }
   const int block = static_cast<int>(blockIdx.x) - row_blocks, parts = parts_of(p);
-  const int head = block / parts % p.kv_heads, n = block / parts / p.kv_heads, first = block % parts * kWarps * p.per_warp;
-  find_sources(p, n, head, first, min(first + kWarps * p.per_warp, p.exact_slots), work, source_of);
-  const int mine = warp_id() * p.per_warp, slot = first + mine;
+  const int head = block / parts % p.kv_heads, n = block / parts / p.kv_heads, first = block % parts * kWarps * p.copied;
+  const int group = p.gate_groups == 1 ? 0 : head;
+  const auto sequence = SequencePlan::of(p, n);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (p.has_bank_distance ? p.dim / 2 : 0); i += kThreads) bring(p, work.inv_freq + i, p.inv_freq + i);
+  find_sources(p, sequence, group, first, min(first + kWarps * p.copied, p.exact_slots), work,
+               [&](int slot, int source, int64_t position) {
+                 source_of[slot - first] = source < 0 ? p.window + slot : source;
+                 if (head == group) write_source(p, sequence.state_row(p, group), slot, source, position);
+               });
+  const int mine = warp_id() * p.copied, slot = first + mine;
   if (slot >= p.exact_slots) return;
-  copy_slots<T, true>(p, ScanView<T>(p, n), head, p.window + slot, min(p.per_warp, p.exact_slots - slot),
-                      [&](int i) { return source_of[mine + i]; }, p.wide);
+  copy_slots<T, true>(p, ScanView<T>(p, n), head, p.window + slot, min(p.copied, p.exact_slots - slot),
+                      [&](int i) { return source_of[mine + i]; }, p.wide, work.inv_freq);
 }
 
-int64_t blocks(const RowsParams& p) { return p.segments * p.gate_groups + p.sequences * p.kv_heads * parts_of(p); }
-RowsParams with_plan(const RetentionScan& scan) {
-  RowsParams p{scan, staged_lists(scan), slots_of_warp(scan), false};
-  Carver sizes(nullptr);
-  RowsMemory(sizes, p.staged, p.capacity, p.segment_tokens);
-  p.block_bytes = sizes.used();
-  return p;
-}
+int64_t blocks(const RetentionScan& p) { return p.segments * p.gate_groups + p.sequences * p.kv_heads * parts_of(p); }
 
 }  // namespace
 
-size_t retention_rows_workspace(const RetentionScan& scan) {
-  const auto p = with_plan(scan);
-  return workspace_part(p.block_bytes, blocks(p));
-}
+size_t retention_rows_workspace(const RetentionScan& p) { return workspace_part(rows_bytes(p), blocks(p)); }
 
 cudaError_t retention_rows(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
-  auto p = with_plan(scan);
+  auto p = scan;
+  p.block_bytes = rows_bytes(scan);
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     p.wide = wide_rows<T>(p);
-    return launch(retention_rows_kernel<T>, dim3(static_cast<unsigned>(blocks(p))), kThreads, shared_part(p.block_bytes),
-                  stream, p);
+    return launch_early(retention_rows_kernel<T>, dim3(static_cast<unsigned>(blocks(p))), kThreads, shared_part(p.block_bytes),
+                        stream, p);
   });
 }
 

@@ -14,7 +14,7 @@ size_t retention_scan_workspace(const BankScanParams& params) {
 cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStream_t stream) {
   const RetentionScan scan(params);
   cudaError_t status = retention_tokens(scan, dtype, stream);
-  if (status == cudaSuccess) status = retention_walk(scan, stream);
+  if (status == cudaSuccess) status = retention_walk(scan, dtype, stream);
   if (status == cudaSuccess) status = retention_rows(scan, dtype, stream);
   return status;
 }

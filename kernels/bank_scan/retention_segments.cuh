@@ -3,8 +3,8 @@
 #include "../common/launch.cuh"
 #include "../common/sequences.cuh"
 #include "../common/workspace.cuh"
+#include "new_state.cuh"
 #include "retention.cuh"
-#include "scan_view.cuh"
 
 #include <algorithm>
 
@@ -35,9 +35,14 @@ struct RetentionScan : BankScanForward {
   int32_t* bank_until;      // (segments, R, capacity) until when its entries stay
   int32_t* rank_after;      // (segments, R, capacity) by rank before the segment: the rank after it of what is then in that slot
   int32_t* last_id;         // (N, R, capacity) the bank after the last segment, of sequences that have one
+  int32_t* arrived;         // (segments, R) how many tokens came in
   size_t bytes;             // of these arrays
   void* block_workspace;    // behind them, for blocks that outgrow shared memory
   size_t block_bytes;       // what a block of the step that is launched needs
+  int staged;               // segments whose rank_after is read at once
+  int strip_rows;           // rows of the index that are gathered at once
+  int copied;               // slots of the new state that a warp copies at once
+  bool wide;                // see wide_rows
 
   explicit RetentionScan(const BankScanForward& p);
 };
@@ -119,6 +124,8 @@ struct SegmentPlan {
     const auto plan = of(p, segment);
     if (lane_id() == 0) *to = plan;
   }
+  // Identity of the first token that its first chunk row would evict.
+  __device__ int first_id(const RetentionScan& p) const { return sequence.first_id + begin * p.chunk; }
   // Segments of the sequence before this one.
   __device__ int before(const RetentionScan& p) const { return p.by_segment.quotient(begin); }
   __device__ bool last() const { return begin + used == sequence.chunks; }
@@ -149,17 +156,25 @@ inline RetentionScan::RetentionScan(const BankScanForward& p)
   bank_until = carver.take<int32_t>(entries);
   rank_after = carver.take<int32_t>(entries);
   last_id = carver.take<int32_t>(carried);
+  arrived = carver.take<int32_t>(segments * p.gate_groups);
   bytes = carver.used();
   block_workspace = carver.take<unsigned char>(0);
   block_bytes = 0;
+  constexpr int kAtOnce = 16 * 1024 / sizeof(int32_t);
+  staged = std::max(kAtOnce / std::max(capacity, 1), 1);
+  strip_rows = std::min(std::max(kAtOnce / std::max(p.exact_slots, 1), 1), segment_chunks);
+  copied = slots_of_warp(p);
+  wide = false;
 }
 
-// The steps in their order, and what their blocks need where they outgrow shared memory.
+// The steps in their order, and what their blocks need where they outgrow shared memory. Each is launched early, but lets the
+// next one start only by its end: blocks that wait crowd on the multiprocessors that are done first, and what they lose there is
+// more than a launch takes.
 size_t retention_tokens_workspace(const RetentionScan& p);
 size_t retention_walk_workspace(const RetentionScan& p);
 size_t retention_rows_workspace(const RetentionScan& p);
 cudaError_t retention_tokens(const RetentionScan& p, DType dtype, cudaStream_t stream);
-cudaError_t retention_walk(const RetentionScan& p, cudaStream_t stream);
+cudaError_t retention_walk(const RetentionScan& p, DType dtype, cudaStream_t stream);
 cudaError_t retention_rows(const RetentionScan& p, DType dtype, cudaStream_t stream);
 
 // Keys as integers in the same order. The free slots of a bank stand below every token, and below them tokens that are not
@@ -172,8 +187,8 @@ __device__ inline uint64_t ordered_key(double key) {
 }
 
 // How many entries of a descending list are greater than key: by quarters, for few loads one after the other, and without a
-// branch before them. In few instructions, here and in what follows: a block runs through its code once, and fetching that takes
-// longer than running it.
+// branch before them: it looks at an entry of an empty list as well. In few instructions, here and in what follows: a block runs
+// through its code once, and fetching it takes time.
 __device__ inline int count_above(const uint64_t* list, int count, uint64_t key) {
   int above = 0, left = count;
 #pragma unroll 1

@@ -1,18 +1,10 @@
-#include "new_state.cuh"
 #include "retention_segments.cuh"
 
 namespace coda::kernels {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kThreads = 512;
 constexpr int kShares = 4;  // lanes that look for the rank of one entry of a carried bank
-
-__host__ __device__ inline int parts_of(int slots, int per_warp) { return (slots + kWarps * per_warp - 1) / (kWarps * per_warp); }
-
-struct TokensParams : RetentionScan {
-  int per_warp;  // slots of the ring
-  bool wide;
-};
 
 // The bank that a sequence came with, in order of rank.
 struct CarriedBank {
@@ -25,8 +17,7 @@ struct CarriedBank {
   __host__ __device__ CarriedBank(Carver& carver, int capacity) : entry(carver.take<Entry>(capacity)) {}
 
   template <class A>
-  __device__ void sort(const RetentionScan& p, int n, int group) const {
-    const int64_t state = static_cast<int64_t>(n) * p.gate_groups + group;
+  __device__ void sort(const RetentionScan& p, int64_t state) const {
     const int64_t* positions = p.exact_pos + state * p.exact_slots + p.num_sinks;
     const A* gates = static_cast<const A*>(p.state_gate) + state * (p.window + p.exact_slots) + p.window + p.num_sinks;
 #pragma unroll 1
@@ -58,13 +49,6 @@ struct CarriedBank {
   }
 };
 
-// The counts so far and the sinks among what leaves the ring.
-__device__ inline void begin_counts(const RetentionScan& p, const SequencePlan& plan) {
-  const int64_t pinned = min(plan.last_end(p), static_cast<int64_t>(p.num_sinks)) - plan.evicted;
-  p.new_counts[2 * plan.number] = p.counts[2 * plan.number] + (pinned > 0 ? pinned * p.gate_groups : 0);
-  p.new_counts[2 * plan.number + 1] = p.counts[2 * plan.number + 1];
-}
-
 // The tokens of a segment, sorted by merging; between equal keys the later token comes first.
 struct SegmentTokens {
   uint64_t *key, *other_key;  // (segment_tokens)
@@ -77,7 +61,7 @@ struct SegmentTokens {
   template <class A>
   __device__ void sort(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row) const {
     const auto& sequence = plan.sequence;
-    const int count = p.segment_tokens, offered = plan.used * p.chunk, id = sequence.first_id + plan.begin * p.chunk;
+    const int count = p.segment_tokens, offered = plan.used * p.chunk, id = plan.first_id(p);
     const A* state_gate = static_cast<const A*>(p.state_gate) + sequence.state_row(p, group) * (p.window + p.exact_slots);
     const A* gate = static_cast<const A*>(p.gate) + static_cast<int64_t>(sequence.token0) * p.gate_groups + group;
 #pragma unroll 1
@@ -111,7 +95,7 @@ struct SegmentTokens {
         const bool right = i & width;
         const int begin = right ? (i & ~(2 * width - 1)) : (i & ~(width - 1)) + width;
         const int size = max(min(width, count - begin), 0);
-        const int rank = i - (right ? width : 0) + count_above(from_key + begin, size, right ? mine : mine - 1);
+        const int rank = i - (right ? width : 0) + count_above(from_key + min(begin, count - 1), size, right ? mine : mine - 1);
         to_key[rank] = mine;
         to_token[rank] = from_token[i];
       }
@@ -131,33 +115,18 @@ struct SegmentTokens {
   }
 };
 
-// The first blocks order the banks that sequences came with, the next the tokens that leave the ring in a segment. The last ones
-// copy the ring into the new state, while there is room beside the others.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(TokensParams p) {
-  using A = acc_t<T>;
+// The first blocks order the banks that sequences came with, the others the tokens that leave the ring in a segment.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2) retention_tokens_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ SegmentPlan plan;
-  const int states = static_cast<int>(p.sequences) * p.gate_groups, cuts = static_cast<int>(p.segments) * p.gate_groups;
-  int block = static_cast<int>(blockIdx.x);
-  if (block >= states + cuts) {
-    block -= states + cuts;
-    const int parts = parts_of(p.window, p.per_warp), row = block / parts;
-    const int slot = (block % parts * kWarps + warp_id()) * p.per_warp;
-    if (slot >= p.window) return;
-    copy_ring_slots(p, ScanView<T>(p, row / p.kv_heads), row % p.kv_heads, slot, min(p.per_warp, p.window - slot), p.wide);
-    return;
-  }
-  const int group = block % p.gate_groups;
+  wait_for_stream();
+  const int states = static_cast<int>(p.sequences) * p.gate_groups, block = static_cast<int>(blockIdx.x);
   with_block_memory(p, shared, [&](Carver& carver) {
-    if (block < states) {
-      CarriedBank(carver, p.capacity).template sort<A>(p, block / p.gate_groups, group);
-      if (group == 0 && threadIdx.x == 0) begin_counts(p, SequencePlan::of(p, block / p.gate_groups));
-      return;
-    }
+    if (block < states) return CarriedBank(carver, p.capacity).template sort<A>(p, block);
     SegmentPlan::put(&plan, p, (block - states) / p.gate_groups);
     __syncthreads();
-    if (plan.used > 0) SegmentTokens(carver, p.segment_tokens).template sort<A>(p, plan, group, block - states);
+    if (plan.used > 0) SegmentTokens(carver, p.segment_tokens).template sort<A>(p, plan, block % p.gate_groups, block - states);
   });
 }
 
@@ -177,14 +146,10 @@ size_t retention_tokens_workspace(const RetentionScan& p) {
 }
 
 cudaError_t retention_tokens(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
-  TokensParams p{scan, slots_of_warp(scan), false};
+  auto p = scan;
   p.block_bytes = block_bytes(scan);
-  const dim3 grid(static_cast<unsigned>(scan_blocks(p) + p.sequences * p.kv_heads * parts_of(p.window, p.per_warp)));
-  return dispatch(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    p.wide = wide_rows<T>(p);
-    return launch(retention_tokens_kernel<T>, grid, kThreads, shared_part(p.block_bytes), stream, p);
-  });
+  const auto kernel = dtype == DType::kFloat64 ? retention_tokens_kernel<double> : retention_tokens_kernel<float>;
+  return launch_early(kernel, dim3(static_cast<unsigned>(scan_blocks(p))), kThreads, shared_part(p.block_bytes), stream, p);
 }
 
 }  // namespace coda::kernels

@@ -3,6 +3,8 @@
 namespace coda::kernels {
 namespace {
 
+constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+
 // A set of small integers that counts its members below any number.
 struct RankedSet {
   unsigned* member;  // (words) bits
@@ -29,7 +31,6 @@ struct RankedSet {
   }
 };
 
-constexpr int kThreads = 512;
 constexpr int kListsAtOnce = 16;
 
 __host__ __device__ inline int words_of(int count) { return (count + 31) / 32; }
@@ -109,9 +110,10 @@ __device__ inline void merge_neighbours(const MergeMemory& work, int from, int t
 
 // Finds the bank before the segment: the best of what the sequence came with and of the lists of all segments before. Brings the
 // segment's own tokens meanwhile. Returns where in work.bank it is.
-__device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan, int group, const MergeMemory& work) {
+__device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row,
+                                const MergeMemory& work) {
   const int capacity = p.capacity, tokens = p.segment_tokens, listed = p.listed, before = plan.before(p);
-  const int64_t row = blockIdx.x, carried = plan.sequence.state_row(p, group) * capacity;
+  const int64_t carried = plan.sequence.state_row(p, group) * capacity;
 #pragma unroll 1
   for (int e = threadIdx.x; e < capacity; e += blockDim.x) {
     bring(p, work.bank + e, p.carried_key + carried + e);
@@ -159,126 +161,144 @@ __device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan,
   return now;
 }
 
-// One block finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes.
-__global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionScan p) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ SegmentPlan plan;
-  const int group = static_cast<int>(blockIdx.x) % p.gate_groups;
-  SegmentPlan::put(&plan, p, static_cast<int>(blockIdx.x) / p.gate_groups);
+// Finds what comes and goes in one segment, given the bank before it, and which slot each arrival takes. The memory is the
+// same twice, as merges need it and as the walk does. The whole block.
+__device__ inline void walk_segment(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row,
+                                    const MergeMemory& merge, const WalkMemory& work) {
   const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
   const int entries = capacity + tokens;
-  const int64_t row = blockIdx.x;
-  with_block_memory(p, shared, [&](Carver& carver) {
-    Carver again = carver;
-    const WalkMemory work(carver, capacity, tokens, chunks);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {  // while the plan is made
-      bring(p, work.key + i, p.token_key + row * tokens + i);
-      bring(p, work.token + i, p.token_id + row * tokens + i);
-    }
-    __syncthreads();
-    if (plan.used == 0) return;
-    const int first_id = plan.sequence.first_id + plan.begin * chunk;
-    const int now = find_bank(p, plan, group, MergeMemory(again, capacity, tokens, p.listed));
-    const uint64_t* bank = work.bank + now;
-    const int* bank_id = work.bank_id + now;
-    // Between equal keys the later token comes first.
+  for (int i = threadIdx.x; i < tokens; i += blockDim.x) {  // there once find_bank has been called
+    bring(p, work.key + i, p.token_key + row * tokens + i);
+    bring(p, work.token + i, p.token_id + row * tokens + i);
+  }
+  const int first_id = plan.first_id(p);
+  const int now = find_bank(p, plan, group, row, merge);
+  const uint64_t* bank = work.bank + now;
+  const int* bank_id = work.bank_id + now;
+  // Between equal keys the later token comes first.
 #pragma unroll 1
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int i = e - capacity;
-      const int place = i < 0 ? e + count_above(work.key, tokens, bank[e] - 1) : i + count_above(bank, capacity, work.key[i]);
-      work.place[e] = place;
-      work.born[place] = i < 0 ? 0 : p.by_chunk.quotient(work.token[i] -= first_id);
-    }
-    __syncthreads();
+  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+    const int i = e - capacity;
+    const int place = i < 0 ? e + count_above(work.key, tokens, bank[e] - 1) : i + count_above(bank, capacity, work.key[i]);
+    work.place[e] = place;
+    work.born[place] = i < 0 ? 0 : p.by_chunk.quotient(work.token[i] -= first_id);
+  }
+  __syncthreads();
 #pragma unroll 1
-    for (int w = warp_id(); w < work.words; w += warp_count()) {
-      const int place = 32 * w + lane_id();
-      const int born = place < entries ? work.born[place] : chunks;
+  for (int w = warp_id(); w < work.words; w += warp_count()) {
+    const int place = 32 * w + lane_id();
+    const int born = place < entries ? work.born[place] : chunks;
 #pragma unroll 4
-      for (int b = 0; b < chunks; ++b) {
-        const unsigned mask = __ballot_sync(kAllLanes, born <= b);
-        if (lane_id() == 0) work.come(b).member[w] = mask;
-      }
+    for (int b = 0; b < chunks; ++b) {
+      const unsigned mask = __ballot_sync(kAllLanes, born <= b);
+      if (lane_id() == 0) work.come(b).member[w] = mask;
     }
-    __syncthreads();
+  }
+  __syncthreads();
 #pragma unroll 1
-    for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(work.words);
-    __syncthreads();
+  for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(work.words);
+  __syncthreads();
 #pragma unroll 1
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : p.by_chunk.quotient(work.token[i]);
-      int low = born;  // the first chunk from then on that finds the bank full with better ones
+  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+    const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : p.by_chunk.quotient(work.token[i]);
+    int low = born;  // the first chunk from then on that finds the bank full with better ones
 #pragma unroll 1
-      for (int step = 1 << (31 - __clz(chunks)); step > 0; step /= 2) {
-        const int next = low + step;
-        const bool held = work.come(min(next, chunks) - 1).below(place) < capacity;
-        low = (next <= chunks) & held ? next : low;
-      }
-      const bool arrives = i >= 0 && low > born;
-      if (i >= 0) work.arrives[work.token[i]] = arrives;
-      work.stay[e] = {i < 0 || arrives ? low : 0, low > 0 ? work.come(low - 1).below(place) : e};
+    for (int step = 1 << (31 - __clz(chunks)); step > 0; step /= 2) {
+      const int next = low + step;
+      const bool held = work.come(min(next, chunks) - 1).below(place) < capacity;
+      low = (next <= chunks) & held ? next : low;
     }
-    __syncthreads();
+    const bool arrives = i >= 0 && low > born;
+    if (i >= 0) work.arrives[work.token[i]] = arrives;
+    work.stay[e] = {i < 0 || arrives ? low : 0, low > 0 ? work.come(low - 1).below(place) : e};
+  }
+  __syncthreads();
 #pragma unroll 1
-    for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
-      const int c = 32 * w + lane_id();
-      const unsigned mask = __ballot_sync(kAllLanes, c < tokens && work.arrives[c]);
-      if (lane_id() == 0) work.arrival_member[w] = mask;
-    }
-    __syncthreads();
-    const auto arrivals = work.arrivals();
-    if (warp_id() == 0) arrivals.count(words_of(tokens));
-    __syncthreads();
-    // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of
-    // the segment, if what leaves is numbered on from chunk to chunk.
+  for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
+    const int c = 32 * w + lane_id();
+    const unsigned mask = __ballot_sync(kAllLanes, c < tokens && work.arrives[c]);
+    if (lane_id() == 0) work.arrival_member[w] = mask;
+  }
+  __syncthreads();
+  const auto arrivals = work.arrivals();
+  if (warp_id() == 0) arrivals.count(words_of(tokens));
+  __syncthreads();
+  // The k-th arrival of a chunk takes the slot of the k-th from the end of the bank before it. Then so does the i-th arrival of
+  // the segment, if what leaves is numbered on from chunk to chunk.
 #pragma unroll 1
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int2 stay = work.stay[e];
-      if (stay.x < chunks && (e < capacity || stay.x > 0)) {
-        work.leaver[arrivals.below(stay.x * chunk) + capacity - 1 - stay.y] = e;
-      }
+  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+    const int2 stay = work.stay[e];
+    if (stay.x < chunks && (e < capacity || stay.x > 0)) {
+      work.leaver[arrivals.below(stay.x * chunk) + capacity - 1 - stay.y] = e;
     }
-    __syncthreads();
+  }
+  __syncthreads();
 #pragma unroll 1
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-      const int2 stay = work.stay[e];
-      const int i = e - capacity;
-      int held = e;
-      while (stay.x > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
-      if (i < 0) {
-        p.bank_id[row * capacity + e] = bank_id[e];
-        p.bank_until[row * capacity + e] = stay.x;
-      } else {
-        p.token_stay[row * tokens + work.token[i]] = {stay.x, held};
-      }
-      if (stay.x < chunks) continue;
-      p.rank_after[row * capacity + held] = stay.y;
-      if (plan.last()) {
-        p.last_id[plan.sequence.state_row(p, group) * capacity + stay.y] =
-            i < 0 ? bank_id[e] : first_id + work.token[i];
-      }
+  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+    const int2 stay = work.stay[e];
+    const int i = e - capacity;
+    int held = e;
+    while (stay.x > 0 && held >= capacity) held = work.leaver[arrivals.below(work.token[held - capacity])];
+    if (i < 0) {
+      p.bank_id[row * capacity + e] = bank_id[e];
+      p.bank_until[row * capacity + e] = stay.x;
+    } else {
+      p.token_stay[row * tokens + work.token[i]] = {stay.x, held};
     }
-    if (threadIdx.x == 0) add_count(p.new_counts + 2 * plan.sequence.number, arrivals.before[words_of(tokens)]);
-  });
+    if (stay.x < chunks) continue;
+    p.rank_after[row * capacity + held] = stay.y;
+    if (plan.last()) {
+      p.last_id[plan.sequence.state_row(p, group) * capacity + stay.y] =
+          i < 0 ? bank_id[e] : first_id + work.token[i];
+    }
+  }
+  if (threadIdx.x == 0) p.arrived[row] = arrivals.before[words_of(tokens)];
 }
 
-size_t block_bytes(const RetentionScan& p) {
+inline size_t walk_bytes(const RetentionScan& p) {
   Carver walk(nullptr), merge(nullptr);
   WalkMemory(walk, p.capacity, p.segment_tokens, p.segment_chunks);
   MergeMemory(merge, p.capacity, p.segment_tokens, p.listed);
   return std::max(walk.used(), merge.used());
 }
 
+// A block for each segment and gate group. The last ones copy the ring into the new state: they wait for memory, the others do
+// not.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionScan p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ SegmentPlan plan;
+  const int cuts = static_cast<int>(p.segments) * p.gate_groups, block = static_cast<int>(blockIdx.x);
+  if (block >= cuts) {  // all that the ring needs was there before the step before began
+    copy_ring_part<T>(p, block - cuts, p.copied, p.wide);
+    return wait_for_stream();
+  }
+  wait_for_stream();
+  SegmentPlan::put(&plan, p, block / p.gate_groups);
+  __syncthreads();
+  if (plan.used == 0) return;
+  with_block_memory(p, shared, [&](Carver& carver) {
+    Carver again = carver;
+    const MergeMemory merge(again, p.capacity, p.segment_tokens, p.listed);
+    const WalkMemory work(carver, p.capacity, p.segment_tokens, p.segment_chunks);
+    walk_segment(p, plan, block % p.gate_groups, block, merge, work);
+  });
+}
+
 }  // namespace
 
-size_t retention_walk_workspace(const RetentionScan& p) { return workspace_part(block_bytes(p), p.segments * p.gate_groups); }
+size_t retention_walk_workspace(const RetentionScan& p) { return workspace_part(walk_bytes(p), p.segments * p.gate_groups); }
 
-cudaError_t retention_walk(const RetentionScan& scan, cudaStream_t stream) {
-  RetentionScan p = scan;
-  p.block_bytes = block_bytes(scan);
-  return launch(retention_walk_kernel, dim3(static_cast<unsigned>(p.segments * p.gate_groups)), kThreads,
-                shared_part(p.block_bytes), stream, p);
+cudaError_t retention_walk(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
+  auto p = scan;
+  p.block_bytes = walk_bytes(scan);
+  const dim3 grid(static_cast<unsigned>(p.segments * p.gate_groups + ring_parts(p, kWarps, p.copied)));
+  return dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    p.wide = wide_rows<T>(p);
+    return launch_early(retention_walk_kernel<T>, grid, kThreads, shared_part(p.block_bytes), stream, p);
+  });
 }
 
 }  // namespace coda::kernels

@@ -56,8 +56,10 @@ struct ScanView {
   }
 };
 
-__device__ inline void add_count(int64_t* to, int64_t count) {
-  if (count) atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(count));
+// The counts of a sequence in the new state: those that it came with and what is added. One thread.
+__device__ inline void write_counts(const BankScanForward& p, int64_t n, int64_t inserts, int64_t hits) {
+  p.new_counts[2 * n] = p.counts[2 * n] + inserts;
+  p.new_counts[2 * n + 1] = p.counts[2 * n + 1] + hits;
 }
 
 }  // namespace coda::kernels

@@ -10,6 +10,7 @@ constexpr int kPacketBytes = 16, kPackets = 4;  // of a thread
 constexpr int kBlockBytes = kThreads * kPackets * kPacketBytes;
 
 __global__ void __launch_bounds__(kThreads) fill_kernel(FillParams p) {
+  wait_for_stream();
   const int64_t block = blockIdx.x;
   int i = 0;
   while (i + 1 < p.count && block >= p.piece[i + 1].blocks) ++i;
@@ -35,7 +36,7 @@ cudaError_t fill(const FillParams& params, cudaStream_t stream) {
     p.piece[i].blocks = blocks;
     blocks += (p.piece[i].bytes + kBlockBytes - 1) / kBlockBytes;
   }
-  return launch(fill_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, p);
+  return launch_early(fill_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, p);
 }
 
 }  // namespace coda::kernels

@@ -89,10 +89,7 @@ class ExactScan {
       p.new_exact_pos[view.n * slots + j] = position_;
       p.new_last_touch[view.n * slots + j] = time_;
     }
-    if (threadIdx.x == 0) {
-      p.new_counts[2 * view.n] += inserts_;
-      p.new_counts[2 * view.n + 1] += hits_;
-    }
+    if (threadIdx.x == 0) write_counts(p, view.n, inserts_, hits_);
   }
 
  private:
