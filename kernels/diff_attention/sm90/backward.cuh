@@ -418,8 +418,12 @@ struct KeyGradients {
         }
         start_grad_q(grad_q, 0, true);
       }
-      __syncwarp();
-      if (thread % kWarp == 0) hopper::arrive(&shared.empty[now]);
+      if constexpr (has_producer(D)) {
+        hopper::arrive(&shared.empty[now]);
+      } else {
+        __syncwarp();
+        if (thread % kWarp == 0) hopper::arrive(&shared.empty[now]);
+      }
       hopper::wait_products<1>();
       hopper::pin(next_s.x);
       hide(next_s.x, after.tile);
@@ -583,7 +587,7 @@ __global__ void __launch_bounds__(key_block_threads(D), 1) key_blocks_kernel(con
     hopper::init_barrier(&shared.keys_full, 1);
     for (int stage = 0; stage < shared.kStages; ++stage) {
       hopper::init_barrier(&shared.full[stage], 1);
-      hopper::init_barrier(&shared.empty[stage], 8);
+      hopper::init_barrier(&shared.empty[stage], has_producer(D) ? 2 * hopper::kWarpgroup : 8);
     }
     hopper::fence_barrier_init();
     if (block.begin < block.keys) {

@@ -76,7 +76,7 @@ struct ForwardShared {
   alignas(16) float second[Streams == 2 ? kRows * D : 4];  // lam o2 on its way to the first stream, as registers lie: [i][thread]
   Angle<float> theta[D / 2];
   Work work;
-  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  uint64_t q_full, q_empty, second_full, second_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
 // Item number `round` of this block. Every other round backwards: the block that had the longest tile of one gets the shortest.

@@ -8,7 +8,7 @@
 namespace coda::kernels::sm90 {
 
 // Named barriers; kCleared is the first of two, one for each warpgroup.
-enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurned, kCleared };
+enum NamedBarrier { kTurned = 1, kCleared };
 
 // One consumer warpgroup: online softmax over the key tiles of an item, last one first, item after item.
 template <class T, int D, int Streams>
@@ -27,7 +27,7 @@ struct Attend {
   Shared& shared;
   const int warpgroup, stream;
   float log2_scale;
-  uint32_t q_parity = 0;
+  uint32_t q_parity = 0, second_parity = 0;
   hopper::RingPosition<kStages> at;  // of the values at work
   Rows rows;
   int tile;  // of keys, whose weights are next to meet their values
@@ -64,7 +64,7 @@ struct Attend {
         load_queries();
         return true;
       }
-      release(&shared.q_empty);
+      hopper::arrive(&shared.q_empty);
       store_nothing();
     }
   }
@@ -78,7 +78,7 @@ struct Attend {
       load_matrices(q[block], panel + hopper::swizzled(row, block % 4 * 2 + lane / 16));
     }
     await_loads(q);
-    release(&shared.q_empty);
+    hopper::arrive(&shared.q_empty);
     if (stream == 1) turn_queries();
   }
 
@@ -374,16 +374,18 @@ struct Attend {
           const int t = done.token + 8 * row;
           lam[row] = t < done.queries ? static_cast<const float*>(p.lam)[(done.output0 + t) * p.heads + done.head] : 0.0f;
         }
-        hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+        hopper::wait(&shared.second_empty, second_parity ^ 1);
+        second_parity ^= 1;
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) line[i * hopper::kWarpgroup] = o[i] * lam[i % 4 / 2];
-        hopper::arrive_threads(kSecondFull, 2 * hopper::kWarpgroup);
+        hopper::arrive(&shared.second_full);
         return;
       }
-      hopper::sync_threads(kSecondFull, 2 * hopper::kWarpgroup);
+      hopper::wait(&shared.second_full, second_parity);
+      second_parity ^= 1;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] -= line[i * hopper::kWarpgroup];
-      hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+      hopper::arrive(&shared.second_empty);
     }
     if (p.norm_weight) {
       if (p.diff) store(done, p.diff);
@@ -412,8 +414,6 @@ struct Attend {
 
 template <class T, int D, int Streams>
 __device__ inline void consume_tiles(const ForwardArguments& p, ForwardShared<T, D, Streams>& shared, int warpgroup) {
-  // The exchange is empty.
-  if (Streams == 2 && warpgroup == 0) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
   Attend<T, D, Streams>(p, shared, warpgroup).run();
 }
 
@@ -428,7 +428,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
   if (threadIdx.x == 0) {
     constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp;
     hopper::init_barrier(&shared.q_full, 1);
-    hopper::init_barrier(&shared.q_empty, kWarps);
+    hopper::init_barrier(&shared.q_empty, kConsumers * hopper::kWarpgroup);
+    hopper::init_barrier(&shared.second_full, hopper::kWarpgroup);
+    hopper::init_barrier(&shared.second_empty, hopper::kWarpgroup);
     for (int stage = 0; stage < kStages; ++stage) {
       hopper::init_barrier(&shared.k_full[stage], 1);
       hopper::init_barrier(&shared.v_full[stage], 1);
