@@ -217,7 +217,8 @@ struct Attend {
     release(&shared.v_empty[at.stage]);
   }
 
-  // The first tile of an item where the warpgroup sees no more than its first 2 Count keys.
+  // The first tile of an item, of which the warpgroup sees no more than 2 Count keys: nothing of it is left when the next one begins,
+  // since the assembler follows no product across a branch.
   template <int Count>
   __device__ void attend_part() {
     float s[Count];
@@ -233,7 +234,7 @@ struct Attend {
     start_output(weights, false);
     finish_output<0>();
   }
-  // False if it sees nothing of the tile, and there are others.
+  // The same, whatever part it is; false if it is nothing and other tiles follow.
   __device__ bool attend_part() {
     const bool some = seen > 0 || tile == 0;
     wait_keys(at);
@@ -314,7 +315,7 @@ struct Attend {
       finish_output<0>();
       finish(done);
     } else {
-      bool any = false, waiting = false;  // an item; weights that have not met their values
+      bool any = false, waiting = false;  // whether there is an item, and weights that have not met their values
       while (true) {
         if (tile > 0) {
           auto next = at;
