@@ -269,6 +269,12 @@ struct Attend {
       clear_foreign_values(tile);
       return shrink;
     };
+    const auto first_tile = [&] {
+      wait_keys(at);
+      start_logits(s, at.stage);
+      const float2 shrink = first_weights();
+      if (begun) shrink_output(shrink);
+    };
     // The logits of a tile are computed while the weights of the one before it meet their values.
     const auto next_weights = [&](Position next) {
       --tile;
@@ -314,7 +320,8 @@ struct Attend {
       start_output(weights, begun);
       finish_output<0>();
       finish(done);
-    } else {
+    } else if constexpr (D == 64) {
+      // Everything stands here once: the ends of short items are mostly a matter of fetching instructions.
       bool any = false, waiting = false;  // whether there is an item, and weights that have not met their values
       while (true) {
         if (tile > 0) {
@@ -334,12 +341,34 @@ struct Attend {
         any = true;
         begun = seen <= kKeys - 64 && attend_part();
         waiting = tile >= 0;
-        if (waiting) {
-          wait_keys(at);
-          start_logits(s, at.stage);
-          const float2 shrink = first_weights();
-          if (begun) shrink_output(shrink);
+        if (waiting) first_tile();
+      }
+    } else {
+      const auto start_item = [&] {
+        while (take_item()) {
+          begun = seen <= kKeys - 64 && attend_part();
+          if (tile >= 0) {
+            first_tile();
+            return true;
+          }
+          finish(rows);
         }
+        return false;
+      };
+      if (!start_item()) return;
+      while (true) {
+        auto next = at;
+        next.advance();
+        if (tile > 0) {
+          next_weights(next);
+          continue;
+        }
+        wait_values();
+        start_output(weights, begun);
+        finish_output<0>();
+        finish(rows);
+        at = next;
+        if (!start_item()) return;
       }
     }
   }

@@ -35,7 +35,7 @@ inline Schedule make_schedule(const DiffAttentionParams& p, int tile_tokens, int
   const int64_t least = (kLeastRounds * blocks + unit_tiles - 1) / unit_tiles;
   const int64_t section = std::min(std::max(kSectionBytes / unit_bytes, least), units);
   const auto whole_rounds = [&](int64_t places) { return (places + blocks - 1) / blocks; };
-  const bool differ = p.causal && tiles >= kManyTiles;
+  const bool differ = p.causal && !packed && tiles >= kManyTiles;
   const int64_t places = differ ? whole_rounds(section * unit_tiles) * blocks : section * unit_tiles;
   const int64_t rounds = whole_rounds((units + section - 1) / section * places);
   const auto narrow = [](int64_t x) { return static_cast<unsigned>(x); };
