@@ -12,9 +12,6 @@
 
 namespace coda::kernels::sm90 {
 
-// A number that is the same in all lanes, in a way that the compiler knows: it then needs no register of every thread.
-__device__ inline int uniform(int x) { return __reduce_max_sync(kAllLanes, x); }
-
 // From kFull on, one for each warpgroup.
 enum BackwardBarrier { kCleared = 1, kFull = 2, kFree = 4, kTheta = 6, kTurn = 8 };
 
@@ -418,8 +415,7 @@ struct KeyGradients {
         }
         start_grad_q(grad_q, 0, true);
       }
-      __syncwarp();
-      if (thread % kWarp == 0) hopper::arrive(&shared.empty[now]);
+      hopper::arrive(&shared.empty[now]);
       hopper::wait_products<1>();
       hopper::pin(next_s.x);
       hide(next_s.x, after.tile);
@@ -514,8 +510,7 @@ struct KeyGradients {
       hopper::pin(s.x);
       hopper::pin(grad_q.x);
       hopper::arrive_threads(kTurn + (warpgroup ^ 1), 2 * hopper::kWarpgroup);
-      __syncwarp();
-      if (thread % kWarp == 0) hopper::arrive(&shared.empty[now]);
+      hopper::arrive(&shared.empty[now]);
       if (n > 0) add_to_sums(before, grad_q.x);
       hide(s.x, after.tile);
       weigh(weights, s.x);
@@ -583,7 +578,7 @@ __global__ void __launch_bounds__(key_block_threads(D), 1) key_blocks_kernel(con
     hopper::init_barrier(&shared.keys_full, 1);
     for (int stage = 0; stage < shared.kStages; ++stage) {
       hopper::init_barrier(&shared.full[stage], 1);
-      hopper::init_barrier(&shared.empty[stage], 8);
+      hopper::init_barrier(&shared.empty[stage], 2 * hopper::kWarpgroup);
     }
     hopper::fence_barrier_init();
     if (block.begin < block.keys) {

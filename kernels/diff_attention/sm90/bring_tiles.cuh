@@ -13,7 +13,6 @@ namespace coda::kernels::sm90 {
 
 constexpr int kRows = 64;      // query rows of a warpgroup
 constexpr int kConsumers = 2;  // warpgroups
-constexpr int kStages = 2;     // tiles of keys, and of values, in shared memory
 
 // Keys of a tile: as many as registers hold logits for.
 constexpr int tile_keys(int dim) { return dim == 64 ? 192 : 128; }
@@ -35,8 +34,7 @@ struct Work {
   int key_tiles;  // 0 where no row of the tile sees a key, kNoWork after the last item
   bool causal;
 
-  __device__ Work(const ForwardArguments& p, unsigned index, int tokens, int key_tile) : causal(p.causal) {
-    const Item item = find_item(p.schedule, p, index);
+  __device__ Work(const ForwardArguments& p, const Item& item, int tokens, int key_tile) : causal(p.causal) {
     kv_head = item.kv_head;
     head = item.head;
     if (p.cu_seqlens_q) {
@@ -70,19 +68,15 @@ template <class T, int D, int Streams>
 struct ForwardShared {
   static constexpr int kTokens = kRows * kConsumers / Streams;
   static constexpr int kKeys = tile_keys(D);
+  static constexpr int kStages = D == 64 && Streams == 2 ? 3 : 2;  // tiles of keys, and of values
   alignas(1024) T q[kTokens * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
   alignas(16) float second[Streams == 2 ? kRows * D : 4];  // lam o2 on its way to the first stream, as registers lie: [i][thread]
   Angle<float> theta[D / 2];
   Work work;
-  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  uint64_t q_full, q_empty, second_full, second_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
-
-// Item number `round` of this block. Every other round backwards: the block that had the longest tile of one gets the shortest.
-__device__ inline unsigned item_of(unsigned round) {
-  return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-}
 
 template <class T, int D, int Streams>
 __device__ inline void bring_tiles(const ForwardArguments& p, ForwardShared<T, D, Streams>& shared) {
@@ -94,10 +88,12 @@ __device__ inline void bring_tiles(const ForwardArguments& p, ForwardShared<T, D
     prefetch_map(&p.k_map);
     prefetch_map(&p.v_map);
   }
-  hopper::RingPosition<kStages> at;
+  hopper::RingPosition<Shared::kStages> at;
   uint32_t q_parity = 0;
-  for (unsigned round = 0; item_of(round) < p.schedule.items; ++round) {
-    const Work work(p, item_of(round), kTokens, kKeys);
+  for (unsigned round = 0; round < p.schedule.rounds; ++round) {
+    Item item;
+    if (!find_item(p.schedule, p, round, item)) continue;
+    const Work work(p, item, kTokens, kKeys);
     if (work.begin >= work.queries) continue;
     wait(&shared.q_empty, q_parity ^ 1);
     q_parity ^= 1;

@@ -8,7 +8,7 @@
 namespace coda::kernels::sm90 {
 
 // Named barriers; kCleared is the first of two, one for each warpgroup.
-enum NamedBarrier { kSecondFull = 1, kSecondEmpty, kTurned, kCleared };
+enum NamedBarrier { kTurned = 1, kCleared };
 
 // One consumer warpgroup: online softmax over the key tiles of an item, last one first, item after item.
 template <class T, int D, int Streams>
@@ -16,6 +16,7 @@ struct Attend {
   using Shared = ForwardShared<T, D, Streams>;
   static constexpr int kKeys = Shared::kKeys;
   static constexpr bool kAhead = D == 64 && Streams == 2;
+  using Position = hopper::RingPosition<Shared::kStages>;
   // This thread's rows of an item: the first, and one 8 further.
   struct Rows {
     int token, queries, keys, head;
@@ -27,10 +28,11 @@ struct Attend {
   Shared& shared;
   const int warpgroup, stream;
   float log2_scale;
-  uint32_t q_parity = 0;
-  hopper::RingPosition<kStages> at;  // of the values at work
+  uint32_t q_parity = 0, second_parity = 0;
+  Position at;  // of the values at work
   Rows rows;
-  int tile;  // of keys, whose weights are next to meet their values
+  int tile = 0;  // of keys, whose weights are next to meet their values
+  int seen;  // keys that the warpgroup sees of an item's first tile
   int visible[2];
   uint32_t q[D / 16][4];
   float o[D / 2];
@@ -47,24 +49,26 @@ struct Attend {
       hopper::wait(&shared.q_full, q_parity);
       q_parity ^= 1;
       const Work work = shared.work;
-      if (work.key_tiles == kNoWork) return false;
+      const int key_tiles = uniform(work.key_tiles);
+      if (key_tiles == kNoWork) return false;
       rows.token = work.begin + row0() + threadIdx.x % hopper::kWarpgroup / kWarp * 16 + lane_id() / 4;
       rows.queries = work.queries;
       rows.keys = work.keys;
       rows.head = work.head;
       rows.output0 = work.output0;
-      tile = work.key_tiles - 1;
+      tile = key_tiles - 1;
+      seen = uniform(work.visible(work.begin + row0() + kRows - 1)) - tile * kKeys;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         visible[i] = work.visible(rows.token + 8 * i);
         rows.peak[i] = neg_inf<float>();
         rows.total[i] = 0.0f;
       }
-      if (work.key_tiles > 0) {
+      if (key_tiles > 0) {
         load_queries();
         return true;
       }
-      release(&shared.q_empty);
+      hopper::arrive(&shared.q_empty);
       store_nothing();
     }
   }
@@ -78,7 +82,7 @@ struct Attend {
       load_matrices(q[block], panel + hopper::swizzled(row, block % 4 * 2 + lane / 16));
     }
     await_loads(q);
-    release(&shared.q_empty);
+    hopper::arrive(&shared.q_empty);
     if (stream == 1) turn_queries();
   }
 
@@ -116,12 +120,13 @@ struct Attend {
     }
   }
 
-  __device__ void wait_keys(const hopper::RingPosition<kStages>& keys) {
+  __device__ void wait_keys(const Position& keys) {
     hopper::wait(&shared.k_full[keys.stage], keys.parity);
   }
   __device__ void wait_values() { hopper::wait(&shared.v_full[at.stage], at.parity); }
 
-  __device__ void start_logits(float (&s)[kKeys / 2], int stage) {
+  template <int Count>
+  __device__ void start_logits(float (&s)[Count], int stage) {
     const auto k = hopper::rows_descriptor(shared.k[stage]);
     hopper::begin_products();
 #pragma unroll
@@ -131,11 +136,12 @@ struct Attend {
     hopper::commit_products();
   }
 
-  __device__ void start_output(const uint32_t (&weights)[kKeys / 16][4], bool add) {
+  template <int Blocks>
+  __device__ void start_output(const uint32_t (&weights)[Blocks][4], bool add) {
     const auto v = hopper::columns_descriptor(shared.v[at.stage], kKeys * 128);
     hopper::begin_products();
 #pragma unroll
-    for (int block = 0; block < kKeys / 16; ++block) {
+    for (int block = 0; block < Blocks; ++block) {
       hopper::multiply<T, 1>(o, weights[block], v + block * (2048 >> 4), add || block > 0);
     }
     hopper::commit_products();
@@ -198,25 +204,6 @@ struct Attend {
     return {shrink[0], shrink[1]};
   }
 
-  // The same for the first tile of an item, which is most often seen in part: what lies beyond the last block of 64 keys that the warp
-  // sees has no weight.
-  template <int Count>
-  __device__ void absorb_part(float (&s)[kKeys / 2]) {
-    absorb(reinterpret_cast<float(&)[Count]>(s), tile);
-#pragma unroll
-    for (int i = Count; i < kKeys / 2; ++i) s[i] = 0.0f;
-  }
-  __device__ void absorb_first(float (&s)[kKeys / 2]) {
-    const int seen = kAhead ? kKeys : __reduce_max_sync(kAllLanes, visible[1]) - tile * kKeys;
-    if (seen <= 64) {
-      absorb_part<32>(s);
-    } else if (kKeys == 192 && seen <= 128) {
-      absorb_part<64>(s);
-    } else {
-      absorb(s, tile);
-    }
-  }
-
   __device__ void shrink_output(float2 by) {
     if (!__any_sync(kAllLanes, by.x != 1.0f || by.y != 1.0f)) return;
 #pragma unroll
@@ -230,92 +217,181 @@ struct Attend {
     release(&shared.v_empty[at.stage]);
   }
 
+  // The first tile of an item, of which the warpgroup sees no more than 2 Count keys: nothing of it is left when the next one begins,
+  // since the assembler follows no product across a branch.
+  template <int Count>
+  __device__ void attend_part() {
+    float s[Count];
+    uint32_t weights[Count / 8][4];
+    start_logits(s, at.stage);
+    hopper::wait_products<0>();
+    hopper::pin(s);
+    release(&shared.k_empty[at.stage]);
+    absorb(s, tile);
+    pack_operand<T>(weights, s);
+    wait_values();
+    clear_foreign_values(tile);
+    start_output(weights, false);
+    finish_output<0>();
+  }
+  // The same, whatever part it is; false if it is nothing and other tiles follow.
+  __device__ bool attend_part() {
+    const bool some = seen > 0 || tile == 0;
+    wait_keys(at);
+    if (!some) {
+      release(&shared.k_empty[at.stage]);
+      wait_values();
+      release(&shared.v_empty[at.stage]);
+    } else if (kKeys == 128 || seen <= 64) {
+      attend_part<32>();
+    } else {
+      attend_part<64>();
+    }
+    at.advance();
+    --tile;
+    return some;
+  }
+
   __device__ void run() {
-    if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
+    bool begun = false;  // o holds earlier tiles of the item
     const auto take_logits = [&](int stage) {
       hopper::pin(s);
       release(&shared.k_empty[stage]);
       return absorb(s, tile);
     };
-    const auto begin_item = [&] {
+    const auto first_weights = [&] {
       hopper::wait_products<0>();
-      hopper::pin(s);
-      release(&shared.k_empty[at.stage]);
-      absorb_first(s);
+      const float2 shrink = take_logits(at.stage);
       pack_operand<T>(weights, s);
       wait_values();
       clear_foreign_values(tile);
+      return shrink;
     };
-    wait_keys(at);
-    start_logits(s, at.stage);
-    begin_item();
-    bool begun = false;  // o holds earlier tiles of the item
-    Rows done;
-    while (true) {
-      auto next = at;
-      next.advance();
-      if (tile > 0) {
-        // The logits of one tile are computed while the weights of the one before it meet their values.
-        --tile;
-        wait_keys(next);
-        start_logits(s, next.stage);
-        wait_values();
-        start_output(weights, begun);
-        hopper::wait_products<1>();
-        const float2 shrink = take_logits(next.stage);
-        // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
-        __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
-        finish_output<0>();
-        pack_operand<T>(weights, s);
-        shrink_output(shrink);
-        begun = true;
-        at = next;
-        continue;
-      }
+    const auto first_tile = [&] {
+      wait_keys(at);
+      start_logits(s, at.stage);
+      const float2 shrink = first_weights();
+      if (begun) shrink_output(shrink);
+    };
+    // The logits of a tile are computed while the weights of the one before it meet their values.
+    const auto next_weights = [&](Position next) {
+      --tile;
+      wait_keys(next);
+      start_logits(s, next.stage);
       wait_values();
-      done = rows;
-      if constexpr (kAhead) {
+      start_output(weights, begun);
+      hopper::wait_products<1>();
+      const float2 shrink = take_logits(next.stage);
+      // The assembler would otherwise put the wait before the exponentials, which are to overlap with what it waits for.
+      __syncwarp(rows.total[0] + rows.total[1] < 0.0f ? 0u : kAllLanes);
+      finish_output<0>();
+      pack_operand<T>(weights, s);
+      shrink_output(shrink);
+      begun = true;
+      at = next;
+    };
+    if constexpr (kAhead) {
+      if (!take_item()) return;
+      wait_keys(at);
+      start_logits(s, at.stage);
+      first_weights();
+      Rows done;
+      while (true) {
+        auto next = at;
+        next.advance();
+        if (tile > 0) {
+          next_weights(next);
+          continue;
+        }
+        wait_values();
+        done = rows;
         if (!take_item()) break;
         wait_keys(next);
         start_output(weights, begun);
         start_logits(s, next.stage);
         finish_output<1>();
         finish(done);
-      } else {
+        at = next;
+        first_weights();
+        begun = false;
+      }
+      start_output(weights, begun);
+      finish_output<0>();
+      finish(done);
+    } else if constexpr (D == 64) {
+      // Everything stands here once: the ends of short items are mostly a matter of fetching instructions.
+      bool any = false, waiting = false;  // whether there is an item, and weights that have not met their values
+      while (true) {
+        if (tile > 0) {
+          auto next = at;
+          next.advance();
+          next_weights(next);
+          continue;
+        }
+        if (waiting) {
+          wait_values();
+          start_output(weights, begun);
+          finish_output<0>();
+          at.advance();
+        }
+        if (any) finish(rows);
+        if (!take_item()) return;
+        any = true;
+        begun = seen <= kKeys - 64 && attend_part();
+        waiting = tile >= 0;
+        if (waiting) first_tile();
+      }
+    } else {
+      const auto start_item = [&] {
+        while (take_item()) {
+          begun = seen <= kKeys - 64 && attend_part();
+          if (tile >= 0) {
+            first_tile();
+            return true;
+          }
+          finish(rows);
+        }
+        return false;
+      };
+      if (!start_item()) return;
+      while (true) {
+        auto next = at;
+        next.advance();
+        if (tile > 0) {
+          next_weights(next);
+          continue;
+        }
+        wait_values();
         start_output(weights, begun);
         finish_output<0>();
-        finish(done);
-        if (!take_item()) return;
-        wait_keys(next);
-        start_logits(s, next.stage);
+        finish(rows);
+        at = next;
+        if (!start_item()) return;
       }
-      at = next;
-      begin_item();
-      begun = false;
     }
-    start_output(weights, begun);
-    finish_output<0>();
-    finish(done);
   }
 
   // Divides by the totals; writes lse.
   __device__ void normalize(Rows& done) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float& sum = done.total[row];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (int lanes = 1; lanes <= 2; lanes *= 2) {
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        o[4 * i + 2 * row] *= inverse;
-        o[4 * i + 2 * row + 1] *= inverse;
-      }
+      for (int row = 0; row < 2; ++row) done.total[row] += __shfl_xor_sync(kAllLanes, done.total[row], lanes);
+    }
+    float inverse[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) inverse[row] = done.total[row] > 0.0f ? __fdividef(1.0f, done.total[row]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] *= inverse[i % 4 / 2];
+    if (!p.lse || lane_id() % 4 != 0) return;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
       const int t = done.token + 8 * row;
-      if (p.lse && t < done.queries && lane_id() % 4 == 0) {
-        const float lse = sum > 0.0f ? done.peak[row] * static_cast<float>(p.scale) + logf(sum) : neg_inf<float>();
+      const float sum = done.total[row];
+      const float lse = sum > 0.0f ? done.peak[row] * static_cast<float>(p.scale) + __logf(sum) : neg_inf<float>();
+      if (t < done.queries) {
         static_cast<float*>(p.lse)[(static_cast<int64_t>(stream) * p.queries + done.output0 + t) * p.heads + done.head] = lse;
       }
     }
@@ -374,16 +450,18 @@ struct Attend {
           const int t = done.token + 8 * row;
           lam[row] = t < done.queries ? static_cast<const float*>(p.lam)[(done.output0 + t) * p.heads + done.head] : 0.0f;
         }
-        hopper::sync_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+        hopper::wait(&shared.second_empty, second_parity ^ 1);
+        second_parity ^= 1;
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) line[i * hopper::kWarpgroup] = o[i] * lam[i % 4 / 2];
-        hopper::arrive_threads(kSecondFull, 2 * hopper::kWarpgroup);
+        hopper::arrive(&shared.second_full);
         return;
       }
-      hopper::sync_threads(kSecondFull, 2 * hopper::kWarpgroup);
+      hopper::wait(&shared.second_full, second_parity);
+      second_parity ^= 1;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] -= line[i * hopper::kWarpgroup];
-      hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
+      hopper::arrive(&shared.second_empty);
     }
     if (p.norm_weight) {
       if (p.diff) store(done, p.diff);
@@ -412,8 +490,6 @@ struct Attend {
 
 template <class T, int D, int Streams>
 __device__ inline void consume_tiles(const ForwardArguments& p, ForwardShared<T, D, Streams>& shared, int warpgroup) {
-  // The exchange is empty.
-  if (Streams == 2 && warpgroup == 0) hopper::arrive_threads(kSecondEmpty, 2 * hopper::kWarpgroup);
   Attend<T, D, Streams>(p, shared, warpgroup).run();
 }
 
@@ -424,12 +500,14 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
   extern __shared__ __align__(1024) unsigned char memory[];
   using Shared = ForwardShared<T, D, Streams>;
   auto& shared = *reinterpret_cast<Shared*>(memory);
-  const int warpgroup = threadIdx.x / hopper::kWarpgroup;
+  const int warpgroup = uniform(threadIdx.x / hopper::kWarpgroup);
   if (threadIdx.x == 0) {
     constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp;
     hopper::init_barrier(&shared.q_full, 1);
-    hopper::init_barrier(&shared.q_empty, kWarps);
-    for (int stage = 0; stage < kStages; ++stage) {
+    hopper::init_barrier(&shared.q_empty, kConsumers * hopper::kWarpgroup);
+    hopper::init_barrier(&shared.second_full, hopper::kWarpgroup);
+    hopper::init_barrier(&shared.second_empty, hopper::kWarpgroup);
+    for (int stage = 0; stage < Shared::kStages; ++stage) {
       hopper::init_barrier(&shared.k_full[stage], 1);
       hopper::init_barrier(&shared.v_full[stage], 1);
       hopper::init_barrier(&shared.k_empty[stage], kWarps);
@@ -452,21 +530,21 @@ cudaError_t launch_forward(const DiffAttentionForward& params, DType dtype, cuda
   using Shared = ForwardShared<T, D, Streams>;
   ForwardArguments p{};
   static_cast<DiffAttentionForward&>(p) = params;
-  p.schedule = make_schedule(p, Shared::kTokens);
+  int multiprocessors = 0;
+  auto status = multiprocessor_count(multiprocessors);
+  if (status != cudaSuccess) return status;
+  p.schedule = make_schedule(p, Shared::kTokens, multiprocessors);
   const bool packed = p.cu_seqlens_q != nullptr;
   const auto map = [&](CUtensorMap& to, const void* base, const Strides& strides, int heads, int64_t tokens, int rows) {
     return make_tensor_map(to, base, dtype, head_tile(D, heads, tokens, packed ? 1 : p.sequences, strides, rows));
   };
-  auto status = map(p.q_map, p.q, p.q_strides, p.heads, packed ? p.queries : p.length_q, Shared::kTokens);
+  status = map(p.q_map, p.q, p.q_strides, p.heads, packed ? p.queries : p.length_q, Shared::kTokens);
   if (status == cudaSuccess && p.keys > 0) {
     status = map(p.k_map, p.k, p.k_strides, p.kv_heads, packed ? p.keys : p.length_k, Shared::kKeys);
     if (status == cudaSuccess) status = map(p.v_map, p.v, p.v_strides, p.kv_heads, packed ? p.keys : p.length_k, Shared::kKeys);
   }
-  int multiprocessors = 0;
-  if (status == cudaSuccess) status = multiprocessor_count(multiprocessors);
   if (status != cudaSuccess) return status;
-  const dim3 grid(static_cast<unsigned>(std::min<unsigned>(p.schedule.items, multiprocessors)));
-  return launch(forward_kernel<T, D, Streams>, grid, kForwardThreads, sizeof(Shared), stream, p);
+  return launch(forward_kernel<T, D, Streams>, dim3(p.schedule.blocks), kForwardThreads, sizeof(Shared), stream, p);
 }
 
 template <int D>

@@ -9,6 +9,9 @@
 
 namespace coda::kernels::sm90 {
 
+// A number that is the same in all lanes, in a way that the compiler knows: it then needs no register of every thread.
+__device__ inline int uniform(int x) { return __reduce_max_sync(kAllLanes, x); }
+
 // Accumulators to the register operand of the next product: 16 columns to a row of four.
 template <class T, int Blocks>
 __device__ inline void pack_operand(uint32_t (&to)[Blocks][4], const float (&from)[8 * Blocks]) {
