@@ -1,5 +1,9 @@
 #pragma once
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "../../common/hopper.cuh"
 #include "../../common/launch.cuh"
 
@@ -45,25 +49,33 @@ __device__ inline void send(uint32_t to, uint32_t x, uint32_t y, uint32_t barrie
 __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
   send(to, __float_as_uint(x), __float_as_uint(y), barrier);
 }
-// Many bytes at once, both ends at multiples of 16; this thread's writes to `from` lie before a fence_async_proxy.
+// 16 bytes, to a multiple of 16.
+__device__ inline void send(uint32_t to, uint4 x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "r"(x.x),
+               "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+               : "memory");
+}
+// Many bytes at once to another block, both ends at multiples of 16; this thread's writes to `from` lie before a fence_async_proxy.
 __device__ inline void send_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "r"(shared_address(from)), "r"(bytes), "r"(barrier)
                : "memory");
 }
 
-// A launch of clusters; `attribute` must outlive it.
-inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int64_t clusters, int blocks, int threads, size_t shared,
-                                         cudaStream_t stream) {
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+// A launch of clusters, and whether it is an early one, see launch_early; `attributes` must outlive it.
+inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute (&attributes)[2], int64_t clusters, int blocks, int threads,
+                                         size_t shared, cudaStream_t stream, bool early) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = early ? 2 : 1;
   return config;
 }
 template <class Params>
@@ -76,23 +88,33 @@ cudaError_t prepare_clusters(void (*kernel)(Params), int blocks, size_t shared) 
 
 template <class Params>
 cudaError_t launch_clusters(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared, cudaStream_t stream,
-                            const Params& params) {
+                            const Params& params, bool early = false) {
   if (clusters == 0) return cudaSuccess;
   if (const auto status = prepare_clusters(kernel, blocks, shared); status != cudaSuccess) return status;
-  cudaLaunchAttribute attribute{};
-  const auto config = cluster_config(attribute, clusters, blocks, threads, shared, stream);
+  cudaLaunchAttribute attributes[2]{};
+  const auto config = cluster_config(attributes, clusters, blocks, threads, shared, stream, early);
   return cudaLaunchKernelEx(&config, kernel, params);
 }
-// Whether the device has room for so many clusters at once.
+// Whether the device has room for so many clusters at once. The driver, which takes its time, is asked once for each shape.
 template <class Params>
 bool clusters_fit(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared) {
-  cudaLaunchAttribute attribute{};
-  const auto config = cluster_config(attribute, clusters, blocks, threads, shared, nullptr);
-  int most = 0;
-  const bool known = prepare_clusters(kernel, blocks, shared) == cudaSuccess &&
-                     cudaOccupancyMaxActiveClusters(&most, kernel, &config) == cudaSuccess;
-  if (!known) cudaGetLastError();  // not an error of the caller's
-  return known && most >= clusters;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, size_t>, int> asked;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const std::lock_guard lock(mutex);
+  const auto [at, fresh] = asked.try_emplace({device, reinterpret_cast<const void*>(kernel), blocks, threads, shared}, 0);
+  if (fresh) {
+    cudaLaunchAttribute attributes[2]{};
+    const auto config = cluster_config(attributes, 1, blocks, threads, shared, nullptr, false);
+    const bool known = prepare_clusters(kernel, blocks, shared) == cudaSuccess &&
+                       cudaOccupancyMaxActiveClusters(&at->second, kernel, &config) == cudaSuccess;
+    if (!known) {
+      at->second = 0;
+      cudaGetLastError();  // not an error of the caller's
+    }
+  }
+  return at->second >= clusters;
 }
 
 }  // namespace coda::kernels::sm90
