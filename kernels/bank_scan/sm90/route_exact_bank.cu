@@ -11,7 +11,7 @@ namespace coda::kernels::sm90 {
 namespace {
 
 constexpr int kHeadWarps = 8, kTimeWarps = 4, kHeadThreads = kHeadWarps * kWarp, kTimeThreads = kTimeWarps * kWarp;
-enum Barrier { kHeads = 1, kTimes, kMatched };  // named ones
+enum Barrier { kHeads = 1, kTimes };  // named ones
 
 // What a warp compares at once: columns, slots or candidates, with as many candidates.
 constexpr int kSide = 8, kPairs = kSide * kSide;
@@ -40,7 +40,7 @@ struct alignas(16) RouteShared {
   uint32_t order[kRows];                   // of the candidates' times
   int age[kMostSlots];                     // place of a slot in the order of stamps
   int oldest[kMostSlots];                  // the slot there
-  int64_t time[kColumns];                  // last touch; position
+  int64_t time[kColumns];                  // last touch, INT64_MIN of free slots; position
   uint32_t far;                            // not 0: times lie too far apart for 32 bits
   uint32_t key[kRows][kColumns + 1];       // of the means; of odd length: a column meets all banks
   Match match[kRows];                      // best slot, p.slots if all are low
@@ -149,45 +149,43 @@ __device__ void compare(Shared& work, int head) {
 }
 
 // The slots in the order of their last touch, free ones first, sinks without a place; and what becomes of those that no candidate
-// touches. All warps behind those of the heads.
+// touches. All warps behind those of the heads. work.far is 0.
 template <class Shared>
 __device__ void order_slots(const RouteExactBankParams& p, Shared& work, int64_t b) {
   const int first = threadIdx.x - kHeadThreads;
   constexpr int64_t kReach = 1 << 23;
   const int64_t origin = p.position[b * p.candidates];
-  const auto stamp = [&](int i, bool used, uint32_t order) {
-    work.stamp[i] = i < p.num_sinks || i >= p.slots ? ~0u : used ? (order + 1) << kSlotBits | i : i;
+  const auto stamp = [&](int i, int64_t time, uint32_t order) {
+    work.stamp[i] = i < p.num_sinks || i >= p.slots ? ~0u : time != INT64_MIN ? (order + 1) << kSlotBits | i : i;
   };
   const auto order = [&](int64_t time) {
     const uint64_t since = static_cast<uint64_t>(time) - static_cast<uint64_t>(origin) + kReach;
     if (since >= 2 * kReach || (time ^ origin) < 0) atomicOr(&work.far, 1u);
     return static_cast<uint32_t>(since);
   };
-  if (first == 0) work.far = 0;
-  bool used = false;
-  int64_t time = 0;
+  int64_t time = INT64_MIN;
   if (first < p.slots) {
-    used = p.used[b * p.slots + first];
-    time = p.last_touch[b * p.slots + first];
-    p.new_last_touch[b * p.slots + first] = time;
+    const bool used = p.used[b * p.slots + first];
+    const int64_t touched = p.last_touch[b * p.slots + first];
+    p.new_last_touch[b * p.slots + first] = touched;
+    if (used) time = touched;
   }
-  const int64_t position = first < p.candidates ? p.position[b * p.candidates + first] : 0;
-  hopper::sync_threads(kTimes, kTimeThreads);
-  stamp(first, used, used ? order(time) : 0);
   work.time[first] = time;
+  stamp(first, time, time != INT64_MIN ? order(time) : 0);
+  const int64_t position = first < p.candidates ? p.position[b * p.candidates + first] : 0;
   if (first < p.candidates) {
     work.order[first] = order(position);
     work.time[kMostSlots + first] = position;
   }
   hopper::sync_threads(kTimes, kTimeThreads);
-  if (work.far) {
+  if (work.far != 0) {
     const auto among = [&](int64_t mine) {
       return order_among(work.time, p.slots, mine) + order_among(work.time + kMostSlots, p.candidates, mine);
     };
-    stamp(first, used, among(time));
+    stamp(first, time, among(time));
     if (first < p.candidates) work.order[first] = among(position);
-    hopper::sync_threads(kTimes, kTimeThreads);
   }
+  hopper::sync_threads(kTimes, kTimeThreads);
   // Two threads a slot.
   for (int i = first / 2; i < p.slots; i += kTimeThreads / 2) {
     const uint32_t mine = work.stamp[i];
@@ -305,29 +303,28 @@ __device__ RouteAction decide_in_order(const RouteExactBankParams& p, Shared& wo
       [&](int c, int i) { return key(c, kMostSlots + i); }, key, work.filled, slot);
 }
 
-// Waits for the matches, asks the other blocks for cosines in fixed order if it takes them, and decides. One warp.
+// Decides and writes, or returns the candidates whose cosines it needs in fixed order, in the first turn. One warp.
 template <class Shared>
-__device__ RouteAction decide(const RouteExactBankParams& p, Shared& work, bool kept, int blocks, uint32_t bytes,
-                              uint64_t* arrived, uint64_t* told, int& slot) {
-  const auto matched = [] { hopper::sync_threads(kMatched, kHeadThreads + kWarp); };
+__device__ unsigned decide(const RouteExactBankParams& p, Shared& work, bool kept, uint32_t turn, uint64_t* arrived, int64_t b) {
   const auto unclear = [&](Verdict least) { return __ballot_sync(kAllLanes, kept && work.verdict[lane_id()] >= least); };
+  int slot;
   RouteAction action;
-  bool done = false;
-  unsigned again = 0;
-#pragma unroll 1
-  for (int turn = 0; turn < 2; ++turn) {
-    matched();
-    done = unclear(kUnsure) == 0 && decide_at_once(p, work, kept, slot, action);
-    if (turn == 1) break;
-    again = done ? 0 : unclear(kClose);
-    if (again != 0 && lane_id() == 0) hopper::arrive_expect(arrived, bytes);
-    __syncwarp();
-    if (lane_id() < blocks) send(remote_address(&work.again, lane_id()), again, remote_address(told, lane_id()));
-    if (again == 0) break;
+  if (unclear(kUnsure) != 0 || !decide_at_once(p, work, kept, slot, action)) {
+    const unsigned again = turn == 0 ? unclear(kClose) : 0;
+    if (again != 0) return again;
+    hopper::wait(arrived, turn);  // for keys as well
+    action = decide_in_order(p, work, __ballot_sync(kAllLanes, kept), slot);
   }
-  if (done) return action;
-  hopper::wait(arrived, again != 0);  // for keys as well
-  return decide_in_order(p, work, __ballot_sync(kAllLanes, kept), slot);
+  if (lane_id() < p.candidates) {
+    p.slot[b * p.candidates + lane_id()] = slot;
+    p.action[b * p.candidates + lane_id()] = action;
+  }
+  // The last candidate that touched a slot.
+  const unsigned together = __match_any_sync(kAllLanes, slot);
+  if (slot >= 0 && kWarp - 1 - __clz(together) == lane_id()) {
+    p.new_last_touch[b * p.slots + slot] = work.time[kMostSlots + lane_id()];
+  }
+  return 0;
 }
 
 // ptxas moves the finding of addresses below the wait that follows, but for those on which a barrier depends.
@@ -350,13 +347,17 @@ __global__ void __launch_bounds__(kHeadThreads + kTimeThreads, 1) route_exact_ba
   const int blocks = blocks_of(p), rank = cluster_rank(), head = warp_id();
   const int64_t b = blockIdx.x / blocks;
   const int slot_groups = (p.slots + kSide - 1) / kSide, batches = (p.candidates + kSide - 1) / kSide;
-  const uint32_t bytes = batches * (slot_groups + batches) * kPairs * sizeof(uint32_t);  // that block 0 is sent
+  // With one batch of candidates their own cosines come along with those of slots; else they are further columns.
+  const int groups = slot_groups + (kBatches == 1 ? 0 : batches);
+  const int own_groups = (groups + blocks - 1) / blocks;  // block 0's; of the others it is sent the means
+  const uint32_t bytes = batches * (groups - own_groups) * kPairs * sizeof(uint32_t);
   if (threadIdx.x == 0) {
     hopper::init_barrier(&arrived, 1);
     hopper::init_barrier(&told, 1);
     hopper::fence_barrier_init();
     if (rank == 0) hopper::arrive_expect(&arrived, bytes);
     hopper::arrive_expect(&told, sizeof(work.again));
+    work.far = 0;
   }
   cluster_arrive();
   cluster_wait();  // other blocks must run before anything is sent to them
@@ -390,29 +391,12 @@ __global__ void __launch_bounds__(kHeadThreads + kTimeThreads, 1) route_exact_ba
   wait_for_stream();
   let_next_start();
   if (head < p.kv_heads) copy();
-  if (head >= kHeadWarps) {
-    if (rank != 0) return;
-    const bool kept = p.slots != p.num_sinks && lane_id() < p.candidates &&
-                      read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id()) >= p.tau_exact;
-    order_slots(p, work, b);
-    if (head != kHeadWarps) return;
-    int slot;
-    const RouteAction action = decide(p, work, kept, blocks, bytes, &arrived, &told, slot);
-    if (lane_id() < p.candidates) {
-      p.slot[b * p.candidates + lane_id()] = slot;
-      p.action[b * p.candidates + lane_id()] = action;
-    }
-    // The last candidate that touched a slot.
-    const unsigned together = __match_any_sync(kAllLanes, slot);
-    if (slot >= 0 && kWarp - 1 - __clz(together) == lane_id()) {
-      p.new_last_touch[b * p.slots + slot] = work.time[kMostSlots + lane_id()];
-    }
-    return;
-  }
+  const bool of_head = head < kHeadWarps, decides = head == kHeadWarps;
+  if (!of_head && rank != 0) return;
+  const bool kept = decides && p.slots != p.num_sinks && lane_id() < p.candidates &&
+                    read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id()) >= p.tau_exact;
   const uint32_t barrier = remote_address(&arrived, 0);
   const float low = static_cast<float>(p.tau_novel) - kMargin, reciprocal = 1.0f / static_cast<float>(p.kv_heads);
-  // With one batch of candidates their own cosines come along with those of slots; else they are further columns.
-  const int groups = slot_groups + (kBatches == 1 ? 0 : batches);
   const auto compare_group = [&](int group, int batch, uint32_t again) {
     const bool exact = again != 0;
     const bool staged = exact && groups <= blocks && batches == 1;  // since the turn before
@@ -453,7 +437,12 @@ __global__ void __launch_bounds__(kHeadThreads + kTimeThreads, 1) route_exact_ba
     }
     if (pair < pairs) {
       const int column = own || !of_slots ? kMostSlots + i : i;
-      send(remote_address(&work.key[c][column], 0), near && !low_exactly ? score_key(cosine) : needed ? kLowKey : 0, barrier);
+      const uint32_t key = near && !low_exactly ? score_key(cosine) : needed ? kLowKey : 0;
+      if (rank == 0) {
+        work.key[c][column] = key;
+      } else {
+        send(remote_address(&work.key[c][column], 0), key, barrier);
+      }
     }
   };
   const auto compare_all = [&](uint32_t again) {
@@ -464,21 +453,51 @@ __global__ void __launch_bounds__(kHeadThreads + kTimeThreads, 1) route_exact_ba
       }
     }
   };
+  // compute-sanitizer counts the barriers that a warp has passed, and takes what others wrote after more of their own for
+  // unordered: so those of the heads and the others pass as many.
+  const int items = own_groups * batches;
+  const auto pass = [&](int barriers) {
+    for (int i = 0; i < barriers; ++i) hopper::sync_threads(of_head ? kHeads : kTimes, of_head ? kHeadThreads : kTimeThreads);
+  };
   // Once from the tensor cores and, if block 0 says so, once in fixed order.
 #pragma unroll 1
   for (uint32_t turn = 0, again = 0; turn < 2; ++turn) {
-    compare_all(again);
-    if (rank == 0) {
-      hopper::wait(&arrived, turn);
-      for (int c = head; c < p.candidates; c += kHeadWarps) judge(p, work, c, turn == 1);
-      __syncwarp();
-      hopper::arrive_threads(kMatched, kHeadThreads + kWarp);
+    if (of_head) {
+      pass(1);
+      compare_all(again);
+      if (rank == 0) {
+        pass(1);
+        hopper::wait(&arrived, turn);
+        for (int c = head; c < p.candidates; c += kHeadWarps) judge(p, work, c, turn == 1);
+      }
+    } else if (turn == 0) {
+      order_slots(p, work, b);
+      pass(2 * items - 2);
+    } else {
+      pass(4 * items + 1);
+    }
+    if (rank == 0) __syncthreads();  // matches are there
+    if (decides) {
+      again = decide(p, work, kept, turn, &arrived, b);
+      if (turn == 0) {
+        if (lane_id() == 0) {
+          work.again = again;
+          if (again != 0) hopper::arrive_expect(&arrived, bytes);
+        }
+        __syncwarp();
+        if (lane_id() > 0 && lane_id() < blocks) {
+          send(remote_address(&work.again, lane_id()), again, remote_address(&told, lane_id()));
+        }
+      }
     }
     if (turn == 1) return;
-    hopper::wait(&told, 0);
+    if (rank == 0) {
+      __syncthreads();
+    } else {
+      hopper::wait(&told, 0);
+    }
     again = work.again;
     if (again == 0) return;
-    hopper::sync_threads(kHeads, kHeadThreads);
   }
 }
 
