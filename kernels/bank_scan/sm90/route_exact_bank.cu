@@ -392,9 +392,13 @@ __global__ void __launch_bounds__(kHeadThreads + kTimeThreads, 1) route_exact_ba
   let_next_start();
   if (head < p.kv_heads) copy();
   const bool of_head = head < kHeadWarps, decides = head == kHeadWarps;
-  if (!of_head && rank != 0) return;
-  const bool kept = decides && p.slots != p.num_sinks && lane_id() < p.candidates &&
-                    read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id()) >= p.tau_exact;
+  bool kept = false;
+  if (!of_head) {
+    if (rank != 0) return;
+    kept = decides && p.slots != p.num_sinks && lane_id() < p.candidates &&
+           read_double(p.gate, p.gate_dtype, b * p.candidates + lane_id()) >= p.tau_exact;
+    order_slots(p, work, b);
+  }
   const uint32_t barrier = remote_address(&arrived, 0);
   const float low = static_cast<float>(p.tau_novel) - kMargin, reciprocal = 1.0f / static_cast<float>(p.kv_heads);
   const auto compare_group = [&](int group, int batch, uint32_t again) {
@@ -470,11 +474,8 @@ __global__ void __launch_bounds__(kHeadThreads + kTimeThreads, 1) route_exact_ba
         hopper::wait(&arrived, turn);
         for (int c = head; c < p.candidates; c += kHeadWarps) judge(p, work, c, turn == 1);
       }
-    } else if (turn == 0) {
-      order_slots(p, work, b);
-      pass(2 * items - 2);
     } else {
-      pass(4 * items + 1);
+      pass(turn == 0 ? 2 * items - 2 : 4 * items + 1);
     }
     if (rank == 0) __syncthreads();  // matches are there
     if (decides) {
