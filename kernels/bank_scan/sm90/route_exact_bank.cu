@@ -461,16 +461,16 @@ __global__ void __launch_bounds__(kHeadThreads + kTimeThreads, 1) route_exact_ba
   // unordered: so those of the heads and the others pass as many.
   const int items = own_groups * batches;
   const auto pass = [&](int barriers) {
-    for (int i = 0; i < barriers; ++i) hopper::sync_threads(of_head ? kHeads : kTimes, of_head ? kHeadThreads : kTimeThreads);
+    for (int i = 0; i < barriers; ++i) hopper::sync_threads(kTimes, kTimeThreads);
   };
   // Once from the tensor cores and, if block 0 says so, once in fixed order.
 #pragma unroll 1
   for (uint32_t turn = 0, again = 0; turn < 2; ++turn) {
     if (of_head) {
-      pass(1);
+      hopper::sync_threads(kHeads, kHeadThreads);
       compare_all(again);
       if (rank == 0) {
-        pass(1);
+        hopper::sync_threads(kHeads, kHeadThreads);
         hopper::wait(&arrived, turn);
         for (int c = head; c < p.candidates; c += kHeadWarps) judge(p, work, c, turn == 1);
       }
