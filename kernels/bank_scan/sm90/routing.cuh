@@ -114,7 +114,8 @@ struct SlotQueue {
   template <class Order, class Gram, class Key, class Put = NoNotes>
   __device__ RouteAction route(const NoveltyRule& rule, unsigned candidates, Match match, Order order, Gram gram, Key key,
                                int* filled, int& slot, Put put = {}) {
-    const uint32_t novel = score_key(float_threshold(rule.tau_novel)), matching = score_key(float_threshold(rule.tau_match));
+    const uint32_t novel = score_key(float_threshold(rule.tau_novel));
+    const uint32_t matching = rule.tau_match == rule.tau_match ? score_key(float_threshold(rule.tau_match)) : ~0u;
     RouteAction action = kSkip;
     slot = -1;
 #pragma unroll 1

@@ -2,8 +2,8 @@
 
 #include "../launch.h"
 
-// The paper's policy on compute capability 9.0 alone, bfloat16 and float16: clusters of one block per KV head. The choices say
-// which shapes fit; the others go to the kernels beside this folder, which serve everything.
+// The paper's policy on compute capability 9.0 alone, bfloat16 and float16: clusters of blocks, one for each sequence. The choices
+// say which shapes fit; the others go to the kernels beside this folder, which serve everything.
 namespace coda::kernels::sm90 {
 
 bool serves(const RouteExactBankParams& params, DType dtype);

@@ -12,12 +12,17 @@ at::Tensor apply_rope(const at::Tensor& x_, const at::Tensor& positions_, const 
   check_apply_rope(x_, positions_, inv_freq_);
   const auto turned = parse_pairs(std::string(pairs));
   const c10::cuda::CUDAGuard guard(x_.device());
-  const auto x = x_.contiguous(), positions = positions_.contiguous(), inv_freq = inv_freq_.contiguous();
-  auto out = at::empty(x.sizes(), x.options());
+  const auto positions = positions_.contiguous(), inv_freq = inv_freq_.contiguous();
+  // A view where one stride leads from token to token, as in a slice of a wider projection.
+  auto x = x_.reshape({positions.numel(), x_.size(-2), x_.size(-1)});
+  if (x.stride(-1) != 1) x = x.contiguous();
+  auto out = at::empty(x_.sizes(), x_.options());
   kernels::ApplyRopeParams p{};
   p.rows = positions.numel();
-  p.heads = static_cast<int>(x.size(-2));
-  p.dim = static_cast<int>(x.size(-1));
+  p.heads = static_cast<int>(x.size(1));
+  p.dim = static_cast<int>(x.size(2));
+  p.row_stride = x.stride(0);
+  p.head_stride = x.stride(1);
   p.scaling = attention_scaling;
   p.interleaved = interleaved(turned);
   p.inverse = inverse;

@@ -66,6 +66,22 @@ class TestForward:
         assert torch.equal(F.apply_rope(x.mT.contiguous().mT, positions.T.contiguous().T, strided), expected)
         assert torch.equal(F.apply_rope(x.transpose(0, 1), positions.T, inv_freq), expected.transpose(0, 1))
 
+    @pairings
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dim", [64, 80, 6])
+    @pytest.mark.parametrize("heads", [1, 8, 130])
+    def test_slices_of_a_wider_projection(self, device, pairs, dtype, dim, heads):
+        _, positions, inv_freq = make(device, (3, 7), dim=dim)
+        wide = make(device, (3, 7), 1, heads * dim + 16, dtype)[0].squeeze(-2)
+        for skipped in (0, 8, 3):
+            x = wide[..., skipped:skipped + heads * dim].unflatten(-1, (heads, dim))
+            y = F.apply_rope(x, positions, inv_freq, pairs=pairs)
+            assert torch.equal(y, F.apply_rope(x.clone(), positions, inv_freq, pairs=pairs)) and y.is_contiguous()
+            swapped = x.transpose(-3, -2).contiguous().transpose(-3, -2)
+            assert torch.equal(y, F.apply_rope(swapped, positions, inv_freq, pairs=pairs))
+            for h in range(0, heads, 50):
+                assert torch.equal(y[..., h, :], F.apply_rope(x[..., h:h + 1, :], positions, inv_freq, pairs=pairs)[..., 0, :])
+
     def test_one_position_for_all(self, device):
         x, _, inv_freq = make(device)
         one = torch.tensor(77, device=device)

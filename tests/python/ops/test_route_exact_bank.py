@@ -59,6 +59,18 @@ def routes(draw, noise=st.sampled_from([0.2, 0.2, 0.5])):
                  draw(st.sampled_from([0.0, 0.3, 1.0])), draw(noise), options, draw(seeds))
 
 
+@st.composite
+def wide_routes(draw):
+    """Sizes that GPUs serve by tensor cores. Little noise: cosines at rounding distance from each other."""
+    slots = draw(st.sampled_from([1, 7, 64, 128]))
+    options = dict(tau_exact=draw(st.sampled_from([0.0, 0.1])), tau_novel=draw(st.sampled_from([-2.0, 0.3, 0.7, 1.5])),
+                   tau_match=draw(st.sampled_from([0.3, 0.9])), refresh_on_hit=draw(st.booleans()),
+                   num_sinks=draw(st.integers(0, min(2, slots))))
+    return Route(draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8])), draw(st.sampled_from([64, 128])),
+                 draw(st.sampled_from([1, 7, 8, 19, 32])), slots, draw(st.sampled_from([0.0, 0.3, 1.0])),
+                 draw(st.sampled_from([0.0, 3e-3, 0.2, 0.5, 4.0])), options, draw(seeds))
+
+
 def by_the_rule(value, gate, position, bank_value, used, last_touch, *, tau_exact=0.10, tau_novel=0.70, tau_match=0.90,
                 refresh_on_hit=False, num_sinks=0):
     batch, candidates = gate.shape
@@ -116,6 +128,39 @@ class TestTheRule:
     @given(routes(noise=st.just(0.0)))
     def test_repeated_values_tie_and_the_lowest_slot_wins(self, device, route):
         assert_by_the_rule(route, device, torch.float64)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @repeatable
+    @given(wide_routes(), st.sampled_from([1.0, 1e-5, 3e3]), st.sampled_from([0, 200]))
+    def test_as_on_the_cpu(self, dtype, route, scale, back):
+        """To the last bit of the cosines, however close they are. `back`: some slots were touched later than the candidates."""
+        value, gate, position, bank, used, touched = route.make(torch.device("cpu"), dtype)
+        tensors = value * scale, gate, position, bank * scale, used, touched * back + torch.arange(touched.shape[1]) % 3
+        assert_same((t.cpu() for t in F.route_exact_bank(*(t.cuda() for t in tensors), **route.options)),
+                    F.route_exact_bank(*tensors, **route.options))
+
+    @pytest.mark.gpu
+    def test_as_on_the_cpu_at_any_address(self):
+        value, gate, position, bank, used, touched = Route(2, 8, 128, 8, 64).make(torch.device("cpu"), torch.bfloat16)
+
+        def moved(t):
+            return torch.cat([t.new_zeros(1), t.flatten()]).cuda()[1:].view(t.shape)
+
+        assert_same((t.cpu() for t in F.route_exact_bank(*map(moved, (value, gate, position, bank, used, touched)))),
+                    F.route_exact_bank(value, gate, position, bank, used, touched))
+
+    @pytest.mark.gpu
+    def test_calls_in_a_row_see_what_was_written_before(self):
+        """A kernel may start while the one before it ends."""
+        value, gate, position, bank, used, touched = (t.cuda() for t in Route(2, 8, 128, 8, 64).make(torch.device("cpu"), torch.bfloat16))
+        right = [F.route_exact_bank(value * sign, gate, position, bank, used, touched) for sign in (1, -1)]
+        buffer, results = value.clone(), []
+        for i in range(100):
+            buffer.copy_(value).mul_((1, -1)[i % 2])
+            results.append(F.route_exact_bank(buffer, gate, position, bank, used, touched))
+        for i, result in enumerate(results):
+            assert all(torch.equal(a, b) for a, b in zip(result, right[i % 2]))
 
     def test_many_slots_and_candidates(self, device):
         assert_by_the_rule(Route(2, 3, 64, 100, 70, options=dict(num_sinks=4, refresh_on_hit=True, tau_exact=0.0)), device, torch.float32)
