@@ -55,6 +55,11 @@ struct BoundedAttentionForward : BoundedAttentionParams {
   void* lse;   // out (streams, T, H) A, null without a backward
   // Scratch of the sm90 path: (2, NC, Hkv, Ms, D) of the storage type, at a multiple of 16 bytes; null without summary slots.
   void* summary_rounded;
+  // For the sm90 path: lam and theta are of the storage type.
+  bool narrow_lam, narrow_theta;
+  // bounded_attention_prepare has been launched with these arguments, and nothing of its outputs but the keys is used. It lets the
+  // next kernel start only when all before it has ended, so a kernel launched early may read everything else at once.
+  bool prepared;
 };
 
 struct BoundedAttentionBackward : BoundedAttentionParams {

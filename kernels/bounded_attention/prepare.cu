@@ -65,6 +65,9 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
   __shared__ int arrived_source[kEntries];
   __shared__ short arrived_group[kEntries], arrived_entry[kEntries];  // of the table, -1 without
   __shared__ int arrivals;
+  // In this order: the attention, which may start from here on, takes what was there before for complete.
+  wait_for_stream();
+  let_next_start();
   int64_t block = blockIdx.x;
   if (block < p.lam_blocks) return widen_block<T>(p.narrow_lam, p.wide_lam, block, p.tokens * p.heads);
   block -= p.lam_blocks;
@@ -160,7 +163,7 @@ cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DTy
     const size_t bytes_of_token = p.dim / 2 * sizeof(Angle<acc_t<T>>);
     const int tokens = (p.chunk + p.splits - 1) / p.splits;
     p.table_tokens = tokens * bytes_of_token <= kTableLimit ? tokens : 0;
-    return launch(prepare_kernel<T>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads,
+    return launch_early(prepare_kernel<T>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads,
                   p.table_tokens * bytes_of_token, stream, p);
   });
 }

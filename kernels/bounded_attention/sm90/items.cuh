@@ -32,12 +32,14 @@ constexpr int item_rows(int streams) { return 64 * kConsumers / streams; }
 struct Arguments : BoundedAttentionForward {
   unsigned row_tiles;  // of a chunk and KV head
   unsigned items;
-  int group;                       // query heads of a KV head
-  uint32_t group_inverse;          // of 2^32
-  bool turns_keys, turns_queries;  // to the distance at which queries meet the bank: one of them, or none
+  unsigned block_items, longer_blocks;  // of a block, and how many blocks have one more
+  int group;                            // query heads of a KV head
+  uint32_t group_inverse;               // of 2^32
+  bool turns_keys, turns_queries;       // to the distance at which queries meet the bank: one of them, or none
   float logit_scale, log2_scale, inverse_scale, eps;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
   bool boxed_queries;    // items begin and end with whole tokens
+  bool inputs_ready;     // before wait_for_stream, all but turned keys and rounded summaries: see `prepared`
   CUtensorMap q_map, k_map, v_map;
 
   // r / group and r % group for rows of an item, without a division.
@@ -135,7 +137,6 @@ struct Shared {
   // For each warpgroup that attends, of the heads of a group, or of its own rows where those are fewer.
   alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kRows / kConsumers * kThetaStride : 2];
   alignas(16) Angle<float> bank_angles[kItems][D / 2];  // of the turn of queries towards the bank
-  alignas(16) float lam[kItems][kRows];
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
   Item item[kItems];
@@ -146,13 +147,12 @@ struct Shared {
 
 // A block has a run of items of one KV head, or of two: neighbours share keys, and two row tiles of one chunk all of
 // them.
+__device__ inline unsigned first_item(const Arguments& p) {
+  return blockIdx.x * p.block_items + min(blockIdx.x, p.longer_blocks);
+}
 __device__ inline void start_items(const Arguments& p, Place& at) {
-  const auto bound = [&](unsigned block) {
-    return static_cast<unsigned>(static_cast<uint64_t>(p.items) * block / gridDim.x);
-  };
-  const unsigned first = bound(blockIdx.x), head_chunk = first / p.row_tiles,
-                 chunk_rows = static_cast<unsigned>(p.chunk_rows);
-  at.left = bound(blockIdx.x + 1) - first;
+  const unsigned first = first_item(p), head_chunk = first / p.row_tiles, chunk_rows = static_cast<unsigned>(p.chunk_rows);
+  at.left = p.block_items + (blockIdx.x < p.longer_blocks);
   at.row_tile = static_cast<int>(first % p.row_tiles);
   at.snapshot = static_cast<int>(head_chunk % chunk_rows);
   at.kv_head = static_cast<int>(head_chunk / chunk_rows);
@@ -227,7 +227,9 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     item.keys = item.chunk_end - item.window_begin;
     item.window_tiles = tiles_of(row0);
     const bool copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
-    item.tiles = item.window_tiles + (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
+    // As long as nothing has left the ring the banks are empty.
+    const bool empty = item.position <= p.window - p.chunk;
+    item.tiles = item.window_tiles + (empty ? 0 : (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys);
     const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
     item.flags =
         (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0) | (copied ? Item::kCopied : 0);
