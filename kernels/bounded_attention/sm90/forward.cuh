@@ -96,7 +96,7 @@ struct Attend {
       if (Streams == 2) rows.ratio = real ? load_float(p.lam, p.narrow_lam, rows.line[i]) : 0.0f;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
-        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item);
+        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item.kv_head, item.row0);
         theta = shared.theta[consumer()] + (p.group > kThetas ? row0() % kThetas : at.head) * Memory::kThetaStride;
       }
     }
@@ -110,23 +110,15 @@ struct Attend {
 
   // The angles of the heads of a group, or of this warpgroup's rows where those are fewer.
   static constexpr int kThetas = Memory::kRows / kConsumers;
-  // To L2, for the first item.
-  __device__ void prefetch_theta() const {
-    const unsigned head = first_item(p) / p.row_tiles / static_cast<unsigned>(p.chunk_rows);
-    const unsigned bytes = p.group * (D / 2) * (p.narrow_theta ? sizeof(T) : sizeof(float));
-    const auto* from = static_cast<const char*>(p.theta) + size_t{head} * bytes;
-    const unsigned at = threadIdx.x % hopper::kWarpgroup * 128;
-    if (at < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
-  }
-  __device__ void write_theta(const Item& item) {
-    theta_head = item.kv_head;
+  __device__ void write_theta(int kv_head, int item_row0) {
+    theta_head = kv_head;
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
     const bool by_row = p.group > kThetas;
     for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2);
          i += hopper::kWarpgroup) {
       const int place = i / (D / 2), pair = i % (D / 2);
       const int head =
-          item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetas + place).head : place);
+          kv_head * p.group + (by_row ? p.split(item_row0 + consumer() * kThetas + place).head : place);
       shared.theta[consumer()][place * Memory::kThetaStride + pair] =
           angle_of_theta(load_float(p.theta, p.narrow_theta, head * (D / 2) + pair));
     }
@@ -308,7 +300,8 @@ struct Attend {
   }
 
   __device__ void run() {
-    if (Streams == 2) prefetch_theta();
+    // Of the first item, most likely, before other loads stand in the way.
+    if (Streams == 2) write_theta(first_item(p) / p.row_tiles / static_cast<unsigned>(p.chunk_rows), 0);
     fetch_queries(0);
     if (!take_item()) return;
     float s[kKeys / 2];
@@ -471,6 +464,8 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   p.longer_blocks = p.items % grid.x;
   p.group = p.heads / p.kv_heads;
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
+  p.by_chunk = Divisor(p.chunk);
+  p.by_window = Divisor(p.window);
   p.summary_rows = p.chunk_rows * p.kv_heads * p.summary_slots;
   const bool turns = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
   p.turns_keys = turns && may_turn_keys(D, Streams) && p.theta_interleaved == p.rope_interleaved;

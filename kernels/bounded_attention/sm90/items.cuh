@@ -8,6 +8,7 @@
 #include "../../common/launch.cuh"
 #include "../../common/ring.cuh"
 #include "../../common/rotation.cuh"
+#include "../../common/sequences.cuh"
 #include "../../common/tensor_map.h"
 #include "../chunk_rows.cuh"
 
@@ -37,6 +38,7 @@ struct Arguments : BoundedAttentionForward {
   uint32_t group_inverse;               // of 2^32
   bool turns_keys, turns_queries;       // to the distance at which queries meet the bank: one of them, or none
   float logit_scale, log2_scale, inverse_scale, eps;
+  Divisor by_chunk, by_window;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
   bool boxed_queries;    // items begin and end with whole tokens
   bool inputs_ready;     // before wait_for_stream, all but turned keys and rounded summaries: see `prepared`
@@ -187,19 +189,23 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
       return true;
     }
     if (snapshot >= at.next || snapshot < at.row0_of_sequence) {
-      const int64_t n = sequence_of_row(p, snapshot);
-      const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk);
+      // As Span counts them, with few divisions: the block's first item waits for this.
+      const auto row0 = [&](int token0, int n) { return p.by_chunk.quotient(token0) + 2 * n; };
+      const int n = find_sequence_together(p.sequences, snapshot, [&](int m) { return row0(static_cast<int>(p.cu_seqlens[m]), m); });
+      const int token0 = static_cast<int>(p.cu_seqlens[n]), end = static_cast<int>(p.cu_seqlens[n + 1]);
+      const int64_t first = p.tokens_seen[n];
+      const int into_chunk = static_cast<int>(first - p.by_chunk.quotient(first) * p.chunk);
       __syncwarp();
-      at.sequence = static_cast<int>(n);
-      at.token0 = static_cast<uint32_t>(span.token0);
-      at.length = static_cast<int>(span.length);
-      at.row0_of_sequence = static_cast<int>(span.row0);
-      at.chunks = static_cast<int>(span.chunks);
-      at.next = static_cast<int>(n + 1 < p.sequences ? p.cu_seqlens[n + 1] / p.chunk + 2 * (n + 1) : p.chunk_rows);
-      at.into_chunk = static_cast<int>(span.first % p.chunk);
-      at.into_ring = static_cast<int>(span.first % p.window);
-      at.first = span.first;
-      at.in_ring = static_cast<int>(min(span.first, static_cast<int64_t>(p.window)));
+      at.sequence = n;
+      at.token0 = static_cast<uint32_t>(token0);
+      at.length = end - token0;
+      at.row0_of_sequence = row0(token0, n);
+      at.chunks = end > token0 ? p.by_chunk.quotient(into_chunk + end - token0 - 1) + 1 : 0;
+      at.next = n + 1 < p.sequences ? row0(end, n + 1) : static_cast<int>(p.chunk_rows);
+      at.into_chunk = into_chunk;
+      at.into_ring = static_cast<int>(first - p.by_window.quotient(first) * p.window);
+      at.first = first;
+      at.in_ring = static_cast<int>(min(first, static_cast<int64_t>(p.window)));
       __syncwarp();
     }
     const int chunk = snapshot - at.row0_of_sequence, row0 = row_tile * item_rows;
