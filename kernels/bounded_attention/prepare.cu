@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
   // In this order: the attention, which may start from here on, takes what was there before for complete.
   wait_for_stream();
   let_next_start();
+  if (p.claims && blockIdx.x == 0 && threadIdx.x == 0) *p.claims = 0;
   int64_t block = blockIdx.x;
   if (block < p.lam_blocks) return widen_block<T>(p.narrow_lam, p.wide_lam, block, p.tokens * p.heads);
   block -= p.lam_blocks;

@@ -10,7 +10,8 @@ struct Divisor {
   uint32_t factor, shift;
   double inverse;
 
-  explicit Divisor(int divisor = 1) : by(divisor), factor(0), shift(0), inverse(1.0 / divisor) {
+  Divisor() : Divisor(1) {}
+  explicit Divisor(int divisor) : by(divisor), factor(0), shift(0), inverse(1.0 / divisor) {
     while ((int64_t{1} << shift) < by) ++shift;
     factor = static_cast<uint32_t>(((int64_t{1} << 32) * ((int64_t{1} << shift) - by)) / by + 1);
   }

@@ -249,7 +249,9 @@ struct Bring {
       hopper::prefetch_map(&p.v_map);
     }
     if (works_out_angle()) frequency = p.inv_freq[angle_pair()];
-    start_items(p, place);
+    place.left = place.claims = 0;
+    place.next = place.row0_of_sequence = place.chunks_begun = 0;
+    __syncwarp();
     bool found = false;
     // Item number n; beside its first keys, or before them all, the queries of the next.
 #pragma unroll 1
@@ -266,7 +268,7 @@ struct Bring {
           if (fresh) bring_tile(n, item, item.flags & Item::kBackwards ? item.tiles - 1 - step : step);
         }
         if (step == 0) {
-          found = find_item(p, place, Memory::kRows, place.item[~n & 1], item, n >= 0 && item.flags & Item::kFollowed);
+          found = find_item(p, place, shared.claim, Memory::kRows, place.item[~n & 1], item, n >= 0 && item.flags & Item::kFollowed);
           bring_queries(n + 1, found);
         }
       }

@@ -96,8 +96,12 @@ struct Attend {
       if (Streams == 2) rows.ratio = real ? load_float(p.lam, p.narrow_lam, rows.line[i]) : 0.0f;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
-        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item.kv_head, item.row0);
-        theta = shared.theta[consumer()] + (p.group > kThetas ? row0() % kThetas : at.head) * Memory::kThetaStride;
+        int place = item.kv_head * p.group + at.head;
+        if (p.heads > Memory::kRows) {
+          if (item.kv_head != theta_head || p.group > kThetaRows) write_theta(item);
+          place = consumer() * kThetaRows + (p.group > kThetaRows ? row0() % kThetaRows : at.head);
+        }
+        theta = shared.theta + place * Memory::kThetaStride;
       }
     }
     return true;
@@ -108,19 +112,30 @@ struct Attend {
     return narrow ? widen(static_cast<const T*>(from)[i]) : static_cast<const float*>(from)[i];
   }
 
+  __device__ Angle<float> theta_angle(int head, int pair) const {
+    return angle_of_theta(load_float(p.theta, p.narrow_theta, head * (D / 2) + pair));
+  }
+  // The angles of all heads.
+  __device__ void write_thetas() const {
+    constexpr int kThreads = kConsumers * hopper::kWarpgroup;
+#pragma unroll 4
+    for (int i = threadIdx.x - kBringers * kWarp; i < p.heads * (D / 2); i += kThreads) {
+      shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] = theta_angle(i / (D / 2), i % (D / 2));
+    }
+    hopper::sync_threads(kThetas, kThreads);
+  }
   // The angles of the heads of a group, or of this warpgroup's rows where those are fewer.
-  static constexpr int kThetas = Memory::kRows / kConsumers;
-  __device__ void write_theta(int kv_head, int item_row0) {
-    theta_head = kv_head;
+  static constexpr int kThetaRows = Memory::kRows / kConsumers;
+  __device__ void write_theta(const Item& item) {
+    theta_head = item.kv_head;
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
-    const bool by_row = p.group > kThetas;
-    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2);
+    const bool by_row = p.group > kThetaRows;
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetaRows : p.group) * (D / 2);
          i += hopper::kWarpgroup) {
       const int place = i / (D / 2), pair = i % (D / 2);
       const int head =
-          kv_head * p.group + (by_row ? p.split(item_row0 + consumer() * kThetas + place).head : place);
-      shared.theta[consumer()][place * Memory::kThetaStride + pair] =
-          angle_of_theta(load_float(p.theta, p.narrow_theta, head * (D / 2) + pair));
+          item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetaRows + place).head : place);
+      shared.theta[(consumer() * kThetaRows + place) * Memory::kThetaStride + pair] = theta_angle(head, pair);
     }
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
   }
@@ -300,8 +315,7 @@ struct Attend {
   }
 
   __device__ void run() {
-    // Of the first item, most likely, before other loads stand in the way.
-    if (Streams == 2) write_theta(first_item(p) / p.row_tiles / static_cast<unsigned>(p.chunk_rows), 0);
+    if (Streams == 2 && p.heads <= Memory::kRows) write_thetas();
     fetch_queries(0);
     if (!take_item()) return;
     float s[kKeys / 2];
@@ -455,13 +469,13 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   Arguments p{};
   static_cast<BoundedAttentionForward&>(p) = params;
   p.row_tiles = static_cast<unsigned>(tiles_per_chunk(p, item_rows(Streams)));
-  p.items = static_cast<unsigned>(p.chunk_rows * p.kv_heads * p.row_tiles);
   int multiprocessors = 0;
   auto status = multiprocessor_count(multiprocessors);
   if (status != cudaSuccess) return status;
-  const dim3 grid(std::min<unsigned>(p.items, multiprocessors));
-  p.block_items = p.items / grid.x;
-  p.longer_blocks = p.items % grid.x;
+  const auto units = static_cast<unsigned>(p.chunk_rows * p.kv_heads);
+  p.whole = units - std::min<unsigned>(units, multiprocessors);
+  p.shares = p.whole + (units - p.whole) * p.row_tiles;
+  const dim3 grid(std::min<unsigned>(p.shares, multiprocessors));
   p.group = p.heads / p.kv_heads;
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
   p.by_chunk = Divisor(p.chunk);
@@ -491,6 +505,7 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
                          {64, static_cast<uint32_t>(p.group), static_cast<uint32_t>(item_rows(Streams) / p.group), 1}});
   }
   if (status == cudaSuccess) status = map(p.v_map, p.v);
+  if (status == cudaSuccess && !p.prepared) status = cudaMemsetAsync(p.claims, 0, sizeof *p.claims, stream);
   if (status != cudaSuccess) return status;
   return launch_early(forward_kernel<T, D, Streams>, grid, kThreads, sizeof(Shared<T, D, Streams>), stream, p);
 }

@@ -31,12 +31,11 @@ constexpr int attend_registers(int dim, int streams) { return (504 - bring_regis
 constexpr int item_rows(int streams) { return 64 * kConsumers / streams; }
 
 struct Arguments : BoundedAttentionForward {
-  unsigned row_tiles;  // of a chunk and KV head
-  unsigned items;
-  unsigned block_items, longer_blocks;  // of a block, and how many blocks have one more
-  int group;                            // query heads of a KV head
-  uint32_t group_inverse;               // of 2^32
-  bool turns_keys, turns_queries;       // to the distance at which queries meet the bank: one of them, or none
+  unsigned row_tiles;               // of a chunk and KV head
+  unsigned whole, shares;           // claims of all row tiles of a chunk and KV head, and of anything
+  int group;                        // query heads of a KV head
+  uint32_t group_inverse;           // of 2^32
+  bool turns_keys, turns_queries;   // to the distance at which queries meet the bank: one of them, or none
   float logit_scale, log2_scale, inverse_scale, eps;
   Divisor by_chunk, by_window;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
@@ -122,11 +121,12 @@ struct Place {
   uint32_t token0;
   int64_t first;                    // position of the first new token
   int kv_head, snapshot, row_tile;  // of the next item
-  unsigned left;                    // items from there on
+  unsigned left;                    // items of the claim from there on
+  unsigned claims;
   int chunks_begun;
 };
 
-enum NamedBarrier { kTheta = 1 };  // the first of two, one for each warpgroup
+enum NamedBarrier { kTheta = 1, kThetas = 3, kClaim = 4 };  // kTheta is the first of two, one for each warpgroup
 
 template <class T, int D, int Streams>
 struct Shared {
@@ -136,47 +136,62 @@ struct Shared {
   alignas(1024) T q[kQuerySets][kRows * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  // For each warpgroup that attends, of the heads of a group, or of its own rows where those are fewer.
-  alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kRows / kConsumers * kThetaStride : 2];
+  // Of all heads; or, if there are more than that, for each warpgroup that attends of the heads of a group, or of its own rows
+  // where those are fewer.
+  alignas(16) Angle<float> theta[Streams == 2 ? kRows * kThetaStride : 2];
   alignas(16) Angle<float> bank_angles[kItems][D / 2];  // of the turn of queries towards the bank
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
   Item item[kItems];
   Place place[kBringers];
+  unsigned claim[2];
   uint64_t q_full[kQuerySets], q_empty[kQuerySets];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-// A block has a run of items of one KV head, or of two: neighbours share keys, and two row tiles of one chunk all of
-// them.
-__device__ inline unsigned first_item(const Arguments& p) {
-  return blockIdx.x * p.block_items + min(blockIdx.x, p.longer_blocks);
-}
-__device__ inline void start_items(const Arguments& p, Place& at) {
-  const unsigned first = first_item(p), head_chunk = first / p.row_tiles, chunk_rows = static_cast<unsigned>(p.chunk_rows);
-  at.left = p.block_items + (blockIdx.x < p.longer_blocks);
-  at.row_tile = static_cast<int>(first % p.row_tiles);
-  at.snapshot = static_cast<int>(head_chunk % chunk_rows);
-  at.kv_head = static_cast<int>(head_chunk / chunk_rows);
-  at.next = at.row0_of_sequence = at.chunks_begun = 0;
-  __syncwarp();
+// Blocks claim work as they come to need it: all row tiles of a chunk and KV head, which have their keys in common, and
+// the last chunks one row tile at a time, so that all blocks end together. Chunks come from the last one on: a sequence's first
+// ones see fewer keys. The first claims are given, and the counter is there by then.
+constexpr unsigned kGiven = 2;
+__device__ inline unsigned next_claim(const Arguments& p, unsigned n, unsigned (&slots)[2]) {
+  if (n < kGiven) return blockIdx.x + n * gridDim.x;
+  if (threadIdx.x == 0) {
+    wait_for_stream();
+    slots[n % 2] = kGiven * gridDim.x + atomicAdd(p.claims, 1);
+  }
+  hopper::sync_threads(kClaim, kBringers * kWarp);
+  return slots[n % 2];
 }
 // To the next item of the block, by one warp; false after the last.
-__device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, Item& item, const Item& before,
-                                 bool follows) {
+__device__ inline bool find_item(const Arguments& p, Place& at, unsigned (&slots)[2], int item_rows, Item& item,
+                                 const Item& before, bool follows) {
   const auto tiles_of = [&](int first_row) {
     return (item.seen + p.split(min(first_row + item_rows, item.rows) - 1).token + kKeys) / kKeys;
   };
-  while (at.left > 0) {
+  while (true) {
+    if (at.left == 0) {
+      const unsigned n = at.claims, claim = next_claim(p, n, slots);
+      if (claim >= p.shares) return false;
+      const bool whole = claim < p.whole;
+      const unsigned unit = whole ? claim : p.whole + (claim - p.whole) / p.row_tiles, row = unit / p.kv_heads;
+      __syncwarp();
+      at.claims = n + 1;
+      at.left = whole ? p.row_tiles : 1;
+      at.row_tile = whole ? 0 : static_cast<int>((claim - p.whole) % p.row_tiles);
+      at.snapshot = static_cast<int>(p.chunk_rows) - 1 - static_cast<int>(row);
+      at.kv_head = static_cast<int>(unit - row * p.kv_heads);
+      __syncwarp();
+    }
     const int row_tile = at.row_tile, snapshot = at.snapshot, kv_head = at.kv_head;
     const unsigned left = at.left - 1;
     __syncwarp();
-    const bool next_chunk = row_tile + 1 == static_cast<int>(p.row_tiles);
-    const bool next_head = next_chunk && snapshot + 1 == static_cast<int>(p.chunk_rows);
     at.left = left;
-    at.row_tile = next_chunk ? 0 : row_tile + 1;
-    at.snapshot = next_head ? 0 : snapshot + next_chunk;
-    at.kv_head = kv_head + next_head;
+    at.row_tile = row_tile + 1;
+    const auto skip = [&] {
+      __syncwarp();
+      at.left = 0;
+      __syncwarp();
+    };
     if (follows) {
       if (lane_id() < kItemWords) words_of(item)[lane_id()] = words_of(before)[lane_id()];
       __syncwarp();
@@ -209,11 +224,17 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
       __syncwarp();
     }
     const int chunk = snapshot - at.row0_of_sequence, row0 = row_tile * item_rows;
-    if (chunk >= at.chunks) continue;
+    if (chunk >= at.chunks) {
+      skip();
+      continue;
+    }
     const int start = chunk * p.chunk - at.into_chunk, token = max(start, 0);
     item.chunk_end = min(start + p.chunk, at.length);
     item.rows = (item.chunk_end - token) * p.group;
-    if (row0 >= item.rows) continue;
+    if (row0 >= item.rows) {
+      skip();
+      continue;
+    }
     item.position = at.first + start;
     item.sequence = at.sequence;
     item.snapshot = snapshot;
@@ -242,7 +263,6 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     __syncwarp();
     return true;
   }
-  return false;
 }
 
 }  // namespace coda::kernels::sm90::bounded

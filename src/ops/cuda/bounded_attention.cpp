@@ -57,9 +57,10 @@ at::Tensor wide_place(const std::optional<at::Tensor>& t, const at::Tensor& q, b
 // The arguments in the form that kernels take; keeps the tensors alive.
 struct Problem {
   Path path;
-  bool as_is;             // lam and theta go to the kernel in the type that they have
+  bool as_is;             // the sm90 forward: it takes lam and theta in the type that they have
   bool prepared = false;  // the preparation has been launched
   at::Tensor q, k, v, lam, theta, norm_weight, gate, cu_seqlens, index, summary_k, summary_v, summary_mass, inv_freq;
+  at::Tensor claims;  // of the sm90 forward
   State state;
   BankKeys turned;
   kernels::BoundedAttentionParams params{};
@@ -133,6 +134,10 @@ struct Problem {
       p.new_kbar = data(turned.fresh);
       p.new_state_kbar = data(turned.state);
     }
+    if (as_is) {
+      claims = at::empty({1}, q.options().dtype(at::kInt));
+      p.claims = static_cast<uint32_t*>(data(claims));
+    }
     prepared = p.new_kbar || p.narrow_lam || p.narrow_theta;
     C10_CUDA_CHECK(kernels::bounded_attention_prepare(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   }
@@ -160,6 +165,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   p.narrow_lam = problem.as_is && is_narrow(lam, q);
   p.narrow_theta = problem.as_is && is_narrow(theta, q);
   p.prepared = problem.prepared;
+  p.claims = static_cast<uint32_t*>(data(problem.claims));
   const bool rounds = problem.path == Path::kSm90 && p.summary_slots > 0;
   const auto summary_rounded =
       rounds ? at::empty({2, p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, q.options()) : at::empty({0}, q.options());
