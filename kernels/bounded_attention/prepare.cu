@@ -156,7 +156,7 @@ cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DTy
   const auto blocks = [](const void* from, int64_t count) { return from ? (count + kWidened - 1) / kWidened : 0; };
   PrepareParams p{params, blocks(params.narrow_lam, params.tokens * params.heads),
                   blocks(params.narrow_theta, static_cast<int64_t>(params.heads) * (params.dim / 2)), 1, 0};
-  constexpr int64_t kManyBlocks = 256;
+  constexpr int64_t kManyBlocks = 128;  // more leave the attention no room to start in
   while (p.splits < 8 && params.chunk_rows * p.splits < kManyBlocks) p.splits *= 2;
   const int64_t rows = params.new_kbar ? params.chunk_rows * p.splits : 0;
   return dispatch(dtype, [&](auto zero) {

@@ -29,7 +29,8 @@ struct Attend {
   struct Rows {
     uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
     float total[2];       // of this thread's columns; after the item's last tile, the inverse of all columns'
-    float ratio;          // lam; then: see finish
+    uint32_t lam;         // the bits of it, which have not come yet
+    float ratio;          // after the last tile: see finish
   };
   static constexpr uint32_t kNoLine = 0xffffffffu;
   Rows rows;
@@ -93,7 +94,7 @@ struct Attend {
       const auto at = p.split(r);
       const bool real = r < item.rows;
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
-      if (Streams == 2) rows.ratio = real ? load_float(p.lam, p.narrow_lam, rows.line[i]) : 0.0f;
+      if (Streams == 2) rows.lam = real ? bits_at(p.lam, p.narrow_lam, rows.line[i]) : 0;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
         int place = item.kv_head * p.group + at.head;
@@ -107,20 +108,29 @@ struct Attend {
     return true;
   }
 
-  // Of an input that may be of the storage type.
-  __device__ static float load_float(const void* from, bool narrow, uint32_t i) {
-    return narrow ? widen(static_cast<const T*>(from)[i]) : static_cast<const float*>(from)[i];
+  // Of an input that may be of the storage type: asking for it and making a number of it, for which the load is waited for.
+  __device__ static uint32_t bits_at(const void* from, bool narrow, uint32_t i) {
+    return narrow ? static_cast<const uint16_t*>(from)[i] : static_cast<const uint32_t*>(from)[i];
+  }
+  __device__ static float number_of(uint32_t bits, bool narrow) {
+    return narrow ? unpack<T>(bits).x : __uint_as_float(bits);
   }
 
-  __device__ Angle<float> theta_angle(int head, int pair) const {
-    return angle_of_theta(load_float(p.theta, p.narrow_theta, head * (D / 2) + pair));
-  }
   // The angles of all heads.
   __device__ void write_thetas() const {
-    constexpr int kThreads = kConsumers * hopper::kWarpgroup;
-#pragma unroll 4
-    for (int i = threadIdx.x - kBringers * kWarp; i < p.heads * (D / 2); i += kThreads) {
-      shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] = theta_angle(i / (D / 2), i % (D / 2));
+    constexpr int kThreads = kConsumers * hopper::kWarpgroup, kAtOnce = 8;
+    const int angles = p.heads * (D / 2);
+#pragma unroll 1
+    for (int first = threadIdx.x - kBringers * kWarp; first < angles; first += kAtOnce * kThreads) {
+      uint32_t bits[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) bits[j] = bits_at(p.theta, p.narrow_theta, min(first + j * kThreads, angles - 1));
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * kThreads;
+        if (i >= angles) break;
+        shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] = angle_of_theta(number_of(bits[j], p.narrow_theta));
+      }
     }
     hopper::sync_threads(kThetas, kThreads);
   }
@@ -135,7 +145,8 @@ struct Attend {
       const int place = i / (D / 2), pair = i % (D / 2);
       const int head =
           item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetaRows + place).head : place);
-      shared.theta[(consumer() * kThetaRows + place) * Memory::kThetaStride + pair] = theta_angle(head, pair);
+      shared.theta[(consumer() * kThetaRows + place) * Memory::kThetaStride + pair] =
+          angle_of_theta(number_of(bits_at(p.theta, p.narrow_theta, head * (D / 2) + pair), p.narrow_theta));
     }
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
   }
@@ -394,7 +405,7 @@ struct Attend {
         static_cast<float*>(p.lse)[(Streams == 2 ? i * p.tokens * p.heads : 0) + line] = lse;
       }
     }
-    if (Streams == 2) rows.ratio *= rows.total[1] * sum[0];
+    if (Streams == 2) rows.ratio = number_of(rows.lam, p.narrow_lam) * rows.total[1] * sum[0];
   }
 
   // y = scale (o1 - ratio o2) of what the products gave, where scale is the first stream's inverse total and, under the
