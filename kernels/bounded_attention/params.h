@@ -46,6 +46,7 @@ struct BoundedAttentionPrepare : BoundedAttentionParams {
   void* wide_theta;          // out (H, D/2) A
   void* new_kbar;            // out (T, Hkv, D), null where no key turns. Rows that the index does not name stay undefined
   void* new_state_kbar;      // out (N, Hkv, W + Me, D) likewise
+  uint32_t* claims;          // out, 0; or null
 };
 
 struct BoundedAttentionForward : BoundedAttentionParams {
@@ -55,6 +56,12 @@ struct BoundedAttentionForward : BoundedAttentionParams {
   void* lse;   // out (streams, T, H) A, null without a backward
   // Scratch of the sm90 path: (2, NC, Hkv, Ms, D) of the storage type, at a multiple of 16 bytes; null without summary slots.
   void* summary_rounded;
+  // For the sm90 path: how much of the work has been claimed, 0 before; lam and theta are of the storage type.
+  uint32_t* claims;
+  bool narrow_lam, narrow_theta;
+  // bounded_attention_prepare has been launched with these arguments, and nothing of its outputs but the keys is used. It lets the
+  // next kernel start only when all before it has ended, so a kernel launched early may read everything else at once.
+  bool prepared;
 };
 
 struct BoundedAttentionBackward : BoundedAttentionParams {

@@ -65,6 +65,10 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
   __shared__ int arrived_source[kEntries];
   __shared__ short arrived_group[kEntries], arrived_entry[kEntries];  // of the table, -1 without
   __shared__ int arrivals;
+  // In this order: the attention, which may start from here on, takes what was there before for complete.
+  wait_for_stream();
+  let_next_start();
+  if (p.claims && blockIdx.x == 0 && threadIdx.x == 0) *p.claims = 0;
   int64_t block = blockIdx.x;
   if (block < p.lam_blocks) return widen_block<T>(p.narrow_lam, p.wide_lam, block, p.tokens * p.heads);
   block -= p.lam_blocks;
@@ -152,7 +156,7 @@ cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DTy
   const auto blocks = [](const void* from, int64_t count) { return from ? (count + kWidened - 1) / kWidened : 0; };
   PrepareParams p{params, blocks(params.narrow_lam, params.tokens * params.heads),
                   blocks(params.narrow_theta, static_cast<int64_t>(params.heads) * (params.dim / 2)), 1, 0};
-  constexpr int64_t kManyBlocks = 256;
+  constexpr int64_t kManyBlocks = 128;  // more leave the attention no room to start in
   while (p.splits < 8 && params.chunk_rows * p.splits < kManyBlocks) p.splits *= 2;
   const int64_t rows = params.new_kbar ? params.chunk_rows * p.splits : 0;
   return dispatch(dtype, [&](auto zero) {
@@ -160,7 +164,7 @@ cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DTy
     const size_t bytes_of_token = p.dim / 2 * sizeof(Angle<acc_t<T>>);
     const int tokens = (p.chunk + p.splits - 1) / p.splits;
     p.table_tokens = tokens * bytes_of_token <= kTableLimit ? tokens : 0;
-    return launch(prepare_kernel<T>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads,
+    return launch_early(prepare_kernel<T>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads,
                   p.table_tokens * bytes_of_token, stream, p);
   });
 }

@@ -10,6 +10,7 @@ struct Divisor {
   uint32_t factor, shift;
   double inverse;
 
+  Divisor() : Divisor(1) {}
   explicit Divisor(int divisor) : by(divisor), factor(0), shift(0), inverse(1.0 / divisor) {
     while ((int64_t{1} << shift) < by) ++shift;
     factor = static_cast<uint32_t>(((int64_t{1} << 32) * ((int64_t{1} << shift) - by)) / by + 1);

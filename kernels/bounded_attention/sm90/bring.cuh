@@ -94,8 +94,8 @@ struct Bring {
   __device__ bool works_out_angle() const { return (p.turns_keys || p.turns_queries) && lane_id() < D / 2 / kBringers; }
   __device__ int angle_pair() const { return warp * (D / 2 / kBringers) + lane_id(); }
 
-  // This warp's share of the queries of item number n and of their lambdas, zeros past the end of the chunk; of the
-  // angles that turn them towards the bank; and what the item is, or that there is none.
+  // This warp's share of the queries of item number n, zeros past the end of the chunk; of the angles of the turn towards
+  // the bank; and what the item is, or that there is none.
   __device__ void bring_queries(int n, bool found) {
     const Item& item = place.item[n % 2];
     const int set = n % kQuerySets;
@@ -120,10 +120,9 @@ struct Bring {
                               item.row0 + i < item.rows);
         }
       }
-      if (Streams == 2 && lane_id() < kShare) {
-        const int i = warp * kShare + lane_id();
-        ampere::copy_word(&shared.lam[n % kItems][i], static_cast<const float*>(p.lam) + line_of(item, i),
-                          item.row0 + i < item.rows);
+      if (n == 0 && p.norm_weight && lane_id() < D / kBringers) {
+        const int i = warp * (D / kBringers) + lane_id();
+        ampere::copy_word(&shared.norm_weight[i], static_cast<const float*>(p.norm_weight) + i, true);
       }
       if (works_out_angle() && !(item.flags & Item::kFollows)) {
         shared.bank_angles[item.chunk_slot][angle_pair()] =
@@ -225,6 +224,7 @@ struct Bring {
       load_tile(shared.v[stage], p.v_map, &shared.v_full[stage], item, item.token0 + token);
       return;
     }
+    if (bank) wait_for_stream();  // whose keys and summaries are the only things here that the kernels before make
     const int mine = warp * kWarp + lane_id();
     const Row row = bank ? bank_row(item, key0 + mine) : window_row(item, key0 + mine);
     hopper::wait(&shared.k_empty[stage], parity);
@@ -249,7 +249,9 @@ struct Bring {
       hopper::prefetch_map(&p.v_map);
     }
     if (works_out_angle()) frequency = p.inv_freq[angle_pair()];
-    start_items(p, place);
+    place.left = place.claims = 0;
+    place.next = place.row0_of_sequence = place.chunks_begun = 0;
+    __syncwarp();
     bool found = false;
     // Item number n; beside its first keys, or before them all, the queries of the next.
 #pragma unroll 1
@@ -266,7 +268,7 @@ struct Bring {
           if (fresh) bring_tile(n, item, item.flags & Item::kBackwards ? item.tiles - 1 - step : step);
         }
         if (step == 0) {
-          found = find_item(p, place, Memory::kRows, place.item[~n & 1], item, n >= 0 && item.flags & Item::kFollowed);
+          found = find_item(p, place, shared.claim, Memory::kRows, place.item[~n & 1], item, n >= 0 && item.flags & Item::kFollowed);
           bring_queries(n + 1, found);
         }
       }

@@ -11,6 +11,8 @@ constexpr int kThreads = 256;
 // Summary slots in the storage type, a packet a thread: the attention has no registers to round them in.
 template <class T>
 __global__ void __launch_bounds__(kThreads) round_summaries(BoundedAttentionForward p) {
+  wait_for_stream();  // first, as in the preparation
+  let_next_start();
   const int64_t packets = p.chunk_rows * p.kv_heads * p.summary_slots * (p.dim / kPacket);
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= packets) return;
@@ -23,8 +25,8 @@ __global__ void __launch_bounds__(kThreads) round_summaries(BoundedAttentionForw
 cudaError_t round_summaries(const BoundedAttentionForward& p, DType dtype, cudaStream_t stream) {
   const int64_t packets = p.chunk_rows * p.kv_heads * p.summary_slots * (p.dim / kPacket);
   const dim3 grid(static_cast<unsigned>((packets + kThreads - 1) / kThreads), 2);
-  return dtype == DType::kBFloat16 ? launch(round_summaries<__nv_bfloat16>, grid, kThreads, 0, stream, p)
-                                   : launch(round_summaries<__half>, grid, kThreads, 0, stream, p);
+  return dtype == DType::kBFloat16 ? launch_early(round_summaries<__nv_bfloat16>, grid, kThreads, 0, stream, p)
+                                   : launch_early(round_summaries<__half>, grid, kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ struct Attend {
   struct Rows {
     uint32_t line[kOwn];  // token * H + head; kNoLine past the end of the chunk
     float total[2];       // of this thread's columns; after the item's last tile, the inverse of all columns'
-    float ratio;          // then: see finish
+    uint32_t lam;         // the bits of it, which have not come yet
+    float ratio;          // after the last tile: see finish
   };
   static constexpr uint32_t kNoLine = 0xffffffffu;
   Rows rows;
@@ -46,6 +47,10 @@ struct Attend {
 
   __device__ int tile() const { return flags & Item::kBackwards ? tiles - 1 - step : step; }
   __device__ bool at_bank() const { return tile() >= window_tiles; }
+  // The item's next tile is the first that its queries meet turned, or not turned.
+  __device__ bool queries_change() const {
+    return p.turns_queries && step + 1 == (flags & Item::kBackwards ? tiles - window_tiles : window_tiles);
+  }
 
   __device__ static int consumer() { return threadIdx.x / hopper::kWarpgroup - 1; }
   // This thread's first row within an item.
@@ -69,9 +74,8 @@ struct Attend {
     hopper::arrive_if(empty, really && lane_id() == 0);
   }
 
-  // False after the last item.
+  // False after the last item. Its queries have come.
   __device__ bool take_item() {
-    hopper::wait(&shared.q_full[items % kQuerySets], items / kQuerySets % 2);
     const Item& item = shared.item[items++ % kItems];
     step = 0;
     tiles = item.tiles;
@@ -90,28 +94,59 @@ struct Attend {
       const auto at = p.split(r);
       const bool real = r < item.rows;
       rows.line[i] = real ? item.line0 + at.token * p.heads + at.head : kNoLine;
+      if (Streams == 2) rows.lam = real ? bits_at(p.lam, p.narrow_lam, rows.line[i]) : 0;
       visible[i] = item.seen + at.token + 1;
       if (Streams == 2) {
-        if (item.kv_head != theta_head || p.group > kThetas) write_theta(item);
-        theta = shared.theta[consumer()] + (p.group > kThetas ? row0() % kThetas : at.head) * Memory::kThetaStride;
+        int place = item.kv_head * p.group + at.head;
+        if (p.heads > Memory::kRows) {
+          if (item.kv_head != theta_head || p.group > kThetaRows) write_theta(item);
+          place = consumer() * kThetaRows + (p.group > kThetaRows ? row0() % kThetaRows : at.head);
+        }
+        theta = shared.theta + place * Memory::kThetaStride;
       }
     }
     return true;
   }
 
+  // Of an input that may be of the storage type: asking for it and making a number of it, for which the load is waited for.
+  __device__ static uint32_t bits_at(const void* from, bool narrow, uint32_t i) {
+    return narrow ? static_cast<const uint16_t*>(from)[i] : static_cast<const uint32_t*>(from)[i];
+  }
+  __device__ static float number_of(uint32_t bits, bool narrow) {
+    return narrow ? unpack<T>(bits).x : __uint_as_float(bits);
+  }
+
+  // The angles of all heads.
+  __device__ void write_thetas() const {
+    constexpr int kThreads = kConsumers * hopper::kWarpgroup, kAtOnce = 8;
+    const int angles = p.heads * (D / 2);
+#pragma unroll 1
+    for (int first = threadIdx.x - kBringers * kWarp; first < angles; first += kAtOnce * kThreads) {
+      uint32_t bits[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) bits[j] = bits_at(p.theta, p.narrow_theta, min(first + j * kThreads, angles - 1));
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * kThreads;
+        if (i >= angles) break;
+        shared.theta[i / (D / 2) * Memory::kThetaStride + i % (D / 2)] = angle_of_theta(number_of(bits[j], p.narrow_theta));
+      }
+    }
+    hopper::sync_threads(kThetas, kThreads);
+  }
   // The angles of the heads of a group, or of this warpgroup's rows where those are fewer.
-  static constexpr int kThetas = Memory::kRows / kConsumers;
+  static constexpr int kThetaRows = Memory::kRows / kConsumers;
   __device__ void write_theta(const Item& item) {
     theta_head = item.kv_head;
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
-    const bool by_row = p.group > kThetas;
-    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetas : p.group) * (D / 2);
+    const bool by_row = p.group > kThetaRows;
+    for (int i = threadIdx.x % hopper::kWarpgroup; i < (by_row ? kThetaRows : p.group) * (D / 2);
          i += hopper::kWarpgroup) {
       const int place = i / (D / 2), pair = i % (D / 2);
       const int head =
-          item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetas + place).head : place);
-      shared.theta[consumer()][place * Memory::kThetaStride + pair] =
-          angle_of_theta(__ldg(static_cast<const float*>(p.theta) + head * (D / 2) + pair));
+          item.kv_head * p.group + (by_row ? p.split(item.row0 + consumer() * kThetaRows + place).head : place);
+      shared.theta[(consumer() * kThetaRows + place) * Memory::kThetaStride + pair] =
+          angle_of_theta(number_of(bits_at(p.theta, p.narrow_theta, head * (D / 2) + pair), p.narrow_theta));
     }
     hopper::sync_threads(kTheta + consumer(), hopper::kWarpgroup);
   }
@@ -140,29 +175,41 @@ struct Attend {
     }
   }
 
-  // The item's queries to the register operand, as the tile meets them.
-  __device__ void load_queries() {
-    const int set = (items - 1) % kQuerySets;
-    const bool turned = p.turns_queries && at_bank();
+  // Queries go to the register operand in two steps, since what lies in shared memory is long in coming while products
+  // read from there: as they are, of item number n, ...
+  __device__ void fetch_queries(unsigned n) {
+    hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);
+    const T* from = shared.q[n % kQuerySets];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      float x[D / 4];
 #pragma unroll
       for (int block = 0; block < D / 32; ++block) {
         uint32_t words[4];
         const int row = row0() - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
-        load_matrices(words, reinterpret_cast<const unsigned char*>(shared.q[set]) + packet / 8 * Memory::kRows * 128 +
+        load_matrices(words, reinterpret_cast<const unsigned char*>(from) + packet / 8 * Memory::kRows * 128 +
                                  hopper::swizzled(row, packet % 8));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
-          const float2 y = unpack<T>(words[j]);
-          x[8 * block + 2 * j] = y.x;
-          x[8 * block + 2 * j + 1] = y.y;
-        }
+        for (int j = 0; j < 4; ++j) q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
+      }
+    }
+  }
+  // ... and as the tile of this item meets them.
+  __device__ void turn_queries() {
+    const bool turned = p.turns_queries && at_bank();
+    const Angle<float>* bank_angles = shared.bank_angles[shared.item[(items - 1) % kItems].chunk_slot];
+    await_loads(q);
+    release(&shared.q_empty[(items - 1) % kQuerySets], !p.turns_queries || step > 0 || tiles == window_tiles);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float x[D / 4];
+#pragma unroll
+      for (int w = 0; w < D / 8; ++w) {
+        const float2 y = unpack<T>(q[w / 2][i + w % 2 * 2]);
+        x[2 * w] = y.x;
+        x[2 * w + 1] = y.y;
       }
       if (turned) {
-        turn(x, p.rope_interleaved, shared.bank_angles[shared.item[(items - 1) % kItems].chunk_slot]);
+        turn(x, p.rope_interleaved, bank_angles);
 #pragma unroll
         for (int w = 0; w < D / 8; ++w) q[w / 2][i + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
       }
@@ -172,8 +219,6 @@ struct Attend {
         for (int w = 0; w < D / 8; ++w) q[w / 2][1 + w % 2 * 2] = pack<T>(x[2 * w], x[2 * w + 1]);
       }
     }
-    await_loads(q);
-    release(&shared.q_empty[set], !p.turns_queries || step > 0);
   }
 
   __device__ void start_logits(float (&s)[kKeys / 2], Position at) {
@@ -281,6 +326,8 @@ struct Attend {
   }
 
   __device__ void run() {
+    if (Streams == 2 && p.heads <= Memory::kRows) write_thetas();
+    fetch_queries(0);
     if (!take_item()) return;
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
@@ -290,13 +337,15 @@ struct Attend {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
     Position before{2}, now = next_position();
-    load_queries();
+    turn_queries();
     hopper::pin(o);
     start_logits(s, now);
     while (true) {
       hopper::wait_products<0>();
       hopper::pin(o);
       release(&shared.v_empty[before.stage()], !before.keep());
+      const bool last = step + 1 == tiles, other_queries = last || queries_change();
+      if (other_queries) fetch_queries(last ? items : items - 1);
       finish_logits(s, now);
       const float2 shrink = absorb(s);
       pack_operand<T>(weights, s);
@@ -309,15 +358,14 @@ struct Attend {
       start_output(now, weights, begun);
       before = now;
       // The next logits come in the same wait.
-      bool other_queries = true;
-      if (++step == tiles) {
+      ++step;
+      if (last) {
+        wait_for_stream();  // before any output is written: what was there may still be read
         invert_totals();
         ended = rows;
         if (!take_item()) break;
-      } else {
-        other_queries = p.turns_queries && tile() == (flags & Item::kBackwards ? window_tiles - 1 : window_tiles);
       }
-      if (other_queries) load_queries();
+      if (other_queries) turn_queries();
       now = next_position();
       start_logits(s, now);
     }
@@ -357,7 +405,7 @@ struct Attend {
         static_cast<float*>(p.lse)[(Streams == 2 ? i * p.tokens * p.heads : 0) + line] = lse;
       }
     }
-    if (Streams == 2) rows.ratio = shared.lam[(items - 1) % kItems][row0()] * rows.total[1] * sum[0];
+    if (Streams == 2) rows.ratio = number_of(rows.lam, p.narrow_lam) * rows.total[1] * sum[0];
   }
 
   // y = scale (o1 - ratio o2) of what the products gave, where scale is the first stream's inverse total and, under the
@@ -400,6 +448,7 @@ template <class T, int D, int Streams>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<T, D, Streams>*>(memory);
+  if (!p.inputs_ready) wait_for_stream();  // of what follows, bank tiles and outputs wait by themselves
   const int warpgroup = threadIdx.x / hopper::kWarpgroup;
   if (threadIdx.x == 0) {
     constexpr int kWarps = kConsumers * hopper::kWarpgroup / kWarp, kArrivals = Bring<T, D, Streams>::kArrivals;
@@ -415,8 +464,6 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     }
     hopper::fence_barrier_init();
   }
-  if (p.norm_weight && threadIdx.x < D)
-    shared.norm_weight[threadIdx.x] = static_cast<const float*>(p.norm_weight)[threadIdx.x];
   __syncthreads();
   if (warpgroup == 0) {
     hopper::lower_registers<bring_registers(D, Streams)>();
@@ -425,6 +472,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     hopper::raise_registers<attend_registers(D, Streams)>();
     Attend<T, D, Streams>(p, shared).run();
   }
+  wait_for_stream();  // also where there was nothing to do: see launch_early
 }
 
 template <class T, int D, int Streams>
@@ -432,13 +480,22 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
   Arguments p{};
   static_cast<BoundedAttentionForward&>(p) = params;
   p.row_tiles = static_cast<unsigned>(tiles_per_chunk(p, item_rows(Streams)));
-  p.items = static_cast<unsigned>(p.chunk_rows * p.kv_heads * p.row_tiles);
+  int multiprocessors = 0;
+  auto status = multiprocessor_count(multiprocessors);
+  if (status != cudaSuccess) return status;
+  const auto units = static_cast<unsigned>(p.chunk_rows * p.kv_heads);
+  p.whole = units - std::min<unsigned>(units, multiprocessors);
+  p.shares = p.whole + (units - p.whole) * p.row_tiles;
+  const dim3 grid(std::min<unsigned>(p.shares, multiprocessors));
   p.group = p.heads / p.kv_heads;
   p.group_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.group + 1);
+  p.by_chunk = Divisor(p.chunk);
+  p.by_window = Divisor(p.window);
   p.summary_rows = p.chunk_rows * p.kv_heads * p.summary_slots;
   const bool turns = p.has_bank_distance && p.exact_slots + p.summary_slots > 0;
   p.turns_keys = turns && may_turn_keys(D, Streams) && p.theta_interleaved == p.rope_interleaved;
   p.turns_queries = turns && !p.turns_keys;
+  p.inputs_ready = p.prepared || p.summary_slots > 0;
   p.logit_scale = static_cast<float>(p.scale);
   p.log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
   p.inverse_scale = static_cast<float>(1.0 / p.scale);
@@ -448,7 +505,7 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
     return make_tensor_map(to, base, dtype, head_tile(D, p.kv_heads, p.tokens, 1, strides, kKeys));
   };
   p.boxed_queries = item_rows(Streams) % p.group == 0;
-  auto status = map(p.k_map, p.k);
+  status = map(p.k_map, p.k);
   if (status == cudaSuccess && p.boxed_queries) {
     const int64_t token = static_cast<int64_t>(p.heads) * D;
     status =
@@ -459,11 +516,9 @@ cudaError_t launch_forward(const BoundedAttentionForward& params, DType dtype, c
                          {64, static_cast<uint32_t>(p.group), static_cast<uint32_t>(item_rows(Streams) / p.group), 1}});
   }
   if (status == cudaSuccess) status = map(p.v_map, p.v);
-  int multiprocessors = 0;
-  if (status == cudaSuccess) status = multiprocessor_count(multiprocessors);
+  if (status == cudaSuccess && !p.prepared) status = cudaMemsetAsync(p.claims, 0, sizeof *p.claims, stream);
   if (status != cudaSuccess) return status;
-  const dim3 grid(std::min<unsigned>(p.items, multiprocessors));
-  return launch(forward_kernel<T, D, Streams>, grid, kThreads, sizeof(Shared<T, D, Streams>), stream, p);
+  return launch_early(forward_kernel<T, D, Streams>, grid, kThreads, sizeof(Shared<T, D, Streams>), stream, p);
 }
 
 template <int D>

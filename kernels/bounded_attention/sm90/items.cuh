@@ -8,6 +8,7 @@
 #include "../../common/launch.cuh"
 #include "../../common/ring.cuh"
 #include "../../common/rotation.cuh"
+#include "../../common/sequences.cuh"
 #include "../../common/tensor_map.h"
 #include "../chunk_rows.cuh"
 
@@ -30,14 +31,16 @@ constexpr int attend_registers(int dim, int streams) { return (504 - bring_regis
 constexpr int item_rows(int streams) { return 64 * kConsumers / streams; }
 
 struct Arguments : BoundedAttentionForward {
-  unsigned row_tiles;  // of a chunk and KV head
-  unsigned items;
-  int group;                       // query heads of a KV head
-  uint32_t group_inverse;          // of 2^32
-  bool turns_keys, turns_queries;  // to the distance at which queries meet the bank: one of them, or none
+  unsigned row_tiles;               // of a chunk and KV head
+  unsigned whole, shares;           // claims of all row tiles of a chunk and KV head, and of anything
+  int group;                        // query heads of a KV head
+  uint32_t group_inverse;           // of 2^32
+  bool turns_keys, turns_queries;   // to the distance at which queries meet the bank: one of them, or none
   float logit_scale, log2_scale, inverse_scale, eps;
+  Divisor by_chunk, by_window;
   int64_t summary_rows;  // of keys, and of values, in summary_rounded
   bool boxed_queries;    // items begin and end with whole tokens
+  bool inputs_ready;     // before wait_for_stream, all but turned keys and rounded summaries: see `prepared`
   CUtensorMap q_map, k_map, v_map;
 
   // r / group and r % group for rows of an item, without a division.
@@ -118,11 +121,12 @@ struct Place {
   uint32_t token0;
   int64_t first;                    // position of the first new token
   int kv_head, snapshot, row_tile;  // of the next item
-  unsigned left;                    // items from there on
+  unsigned left;                    // items of the claim from there on
+  unsigned claims;
   int chunks_begun;
 };
 
-enum NamedBarrier { kTheta = 1 };  // the first of two, one for each warpgroup
+enum NamedBarrier { kTheta = 1, kThetas = 3, kClaim = 4 };  // kTheta is the first of two, one for each warpgroup
 
 template <class T, int D, int Streams>
 struct Shared {
@@ -132,49 +136,62 @@ struct Shared {
   alignas(1024) T q[kQuerySets][kRows * D];
   alignas(1024) T k[kStages][kKeys * D];
   alignas(1024) T v[kStages][kKeys * D];
-  // For each warpgroup that attends, of the heads of a group, or of its own rows where those are fewer.
-  alignas(16) Angle<float> theta[kConsumers][Streams == 2 ? kRows / kConsumers * kThetaStride : 2];
+  // Of all heads; or, if there are more than that, for each warpgroup that attends of the heads of a group, or of its own rows
+  // where those are fewer.
+  alignas(16) Angle<float> theta[Streams == 2 ? kRows * kThetaStride : 2];
   alignas(16) Angle<float> bank_angles[kItems][D / 2];  // of the turn of queries towards the bank
-  alignas(16) float lam[kItems][kRows];
   alignas(16) float bias[kStages][kKeys];  // of the bank's slots, as a share of the logit before its scale
   alignas(16) float norm_weight[D];
   Item item[kItems];
   Place place[kBringers];
+  unsigned claim[2];
   uint64_t q_full[kQuerySets], q_empty[kQuerySets];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-// A block has a run of items of one KV head, or of two: neighbours share keys, and two row tiles of one chunk all of
-// them.
-__device__ inline void start_items(const Arguments& p, Place& at) {
-  const auto bound = [&](unsigned block) {
-    return static_cast<unsigned>(static_cast<uint64_t>(p.items) * block / gridDim.x);
-  };
-  const unsigned first = bound(blockIdx.x), head_chunk = first / p.row_tiles,
-                 chunk_rows = static_cast<unsigned>(p.chunk_rows);
-  at.left = bound(blockIdx.x + 1) - first;
-  at.row_tile = static_cast<int>(first % p.row_tiles);
-  at.snapshot = static_cast<int>(head_chunk % chunk_rows);
-  at.kv_head = static_cast<int>(head_chunk / chunk_rows);
-  at.next = at.row0_of_sequence = at.chunks_begun = 0;
-  __syncwarp();
+// Blocks claim work as they come to need it: all row tiles of a chunk and KV head, which have their keys in common, and
+// the last chunks one row tile at a time, so that all blocks end together. Chunks come from the last one on: a sequence's first
+// ones see fewer keys. The first claims are given, and the counter is there by then.
+constexpr unsigned kGiven = 2;
+__device__ inline unsigned next_claim(const Arguments& p, unsigned n, unsigned (&slots)[2]) {
+  if (n < kGiven) return blockIdx.x + n * gridDim.x;
+  if (threadIdx.x == 0) {
+    wait_for_stream();
+    slots[n % 2] = kGiven * gridDim.x + atomicAdd(p.claims, 1);
+  }
+  hopper::sync_threads(kClaim, kBringers * kWarp);
+  return slots[n % 2];
 }
 // To the next item of the block, by one warp; false after the last.
-__device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, Item& item, const Item& before,
-                                 bool follows) {
+__device__ inline bool find_item(const Arguments& p, Place& at, unsigned (&slots)[2], int item_rows, Item& item,
+                                 const Item& before, bool follows) {
   const auto tiles_of = [&](int first_row) {
     return (item.seen + p.split(min(first_row + item_rows, item.rows) - 1).token + kKeys) / kKeys;
   };
-  while (at.left > 0) {
+  while (true) {
+    if (at.left == 0) {
+      const unsigned n = at.claims, claim = next_claim(p, n, slots);
+      if (claim >= p.shares) return false;
+      const bool whole = claim < p.whole;
+      const unsigned unit = whole ? claim : p.whole + (claim - p.whole) / p.row_tiles, row = unit / p.kv_heads;
+      __syncwarp();
+      at.claims = n + 1;
+      at.left = whole ? p.row_tiles : 1;
+      at.row_tile = whole ? 0 : static_cast<int>((claim - p.whole) % p.row_tiles);
+      at.snapshot = static_cast<int>(p.chunk_rows) - 1 - static_cast<int>(row);
+      at.kv_head = static_cast<int>(unit - row * p.kv_heads);
+      __syncwarp();
+    }
     const int row_tile = at.row_tile, snapshot = at.snapshot, kv_head = at.kv_head;
     const unsigned left = at.left - 1;
     __syncwarp();
-    const bool next_chunk = row_tile + 1 == static_cast<int>(p.row_tiles);
-    const bool next_head = next_chunk && snapshot + 1 == static_cast<int>(p.chunk_rows);
     at.left = left;
-    at.row_tile = next_chunk ? 0 : row_tile + 1;
-    at.snapshot = next_head ? 0 : snapshot + next_chunk;
-    at.kv_head = kv_head + next_head;
+    at.row_tile = row_tile + 1;
+    const auto skip = [&] {
+      __syncwarp();
+      at.left = 0;
+      __syncwarp();
+    };
     if (follows) {
       if (lane_id() < kItemWords) words_of(item)[lane_id()] = words_of(before)[lane_id()];
       __syncwarp();
@@ -187,27 +204,37 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
       return true;
     }
     if (snapshot >= at.next || snapshot < at.row0_of_sequence) {
-      const int64_t n = sequence_of_row(p, snapshot);
-      const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk);
+      // As Span counts them, with few divisions: the block's first item waits for this.
+      const auto row0 = [&](int token0, int n) { return p.by_chunk.quotient(token0) + 2 * n; };
+      const int n = find_sequence_together(p.sequences, snapshot, [&](int m) { return row0(static_cast<int>(p.cu_seqlens[m]), m); });
+      const int token0 = static_cast<int>(p.cu_seqlens[n]), end = static_cast<int>(p.cu_seqlens[n + 1]);
+      const int64_t first = p.tokens_seen[n];
+      const int into_chunk = static_cast<int>(first - p.by_chunk.quotient(first) * p.chunk);
       __syncwarp();
-      at.sequence = static_cast<int>(n);
-      at.token0 = static_cast<uint32_t>(span.token0);
-      at.length = static_cast<int>(span.length);
-      at.row0_of_sequence = static_cast<int>(span.row0);
-      at.chunks = static_cast<int>(span.chunks);
-      at.next = static_cast<int>(n + 1 < p.sequences ? p.cu_seqlens[n + 1] / p.chunk + 2 * (n + 1) : p.chunk_rows);
-      at.into_chunk = static_cast<int>(span.first % p.chunk);
-      at.into_ring = static_cast<int>(span.first % p.window);
-      at.first = span.first;
-      at.in_ring = static_cast<int>(min(span.first, static_cast<int64_t>(p.window)));
+      at.sequence = n;
+      at.token0 = static_cast<uint32_t>(token0);
+      at.length = end - token0;
+      at.row0_of_sequence = row0(token0, n);
+      at.chunks = end > token0 ? p.by_chunk.quotient(into_chunk + end - token0 - 1) + 1 : 0;
+      at.next = n + 1 < p.sequences ? row0(end, n + 1) : static_cast<int>(p.chunk_rows);
+      at.into_chunk = into_chunk;
+      at.into_ring = static_cast<int>(first - p.by_window.quotient(first) * p.window);
+      at.first = first;
+      at.in_ring = static_cast<int>(min(first, static_cast<int64_t>(p.window)));
       __syncwarp();
     }
     const int chunk = snapshot - at.row0_of_sequence, row0 = row_tile * item_rows;
-    if (chunk >= at.chunks) continue;
+    if (chunk >= at.chunks) {
+      skip();
+      continue;
+    }
     const int start = chunk * p.chunk - at.into_chunk, token = max(start, 0);
     item.chunk_end = min(start + p.chunk, at.length);
     item.rows = (item.chunk_end - token) * p.group;
-    if (row0 >= item.rows) continue;
+    if (row0 >= item.rows) {
+      skip();
+      continue;
+    }
     item.position = at.first + start;
     item.sequence = at.sequence;
     item.snapshot = snapshot;
@@ -227,14 +254,15 @@ __device__ inline bool find_item(const Arguments& p, Place& at, int item_rows, I
     item.keys = item.chunk_end - item.window_begin;
     item.window_tiles = tiles_of(row0);
     const bool copied = item.window_begin < 0 || item.window_begin + item.window_tiles * kKeys > item.chunk_end;
-    item.tiles = item.window_tiles + (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys;
+    // As long as nothing has left the ring the banks are empty.
+    const bool empty = item.position <= p.window - p.chunk;
+    item.tiles = item.window_tiles + (empty ? 0 : (p.exact_slots + p.summary_slots + kKeys - 1) / kKeys);
     const bool followed = left > 0 && row0 + item_rows < item.rows && tiles_of(row0 + item_rows) == item.window_tiles;
     item.flags =
         (row_tile % 2 ? Item::kBackwards : 0) | (followed ? Item::kFollowed : 0) | (copied ? Item::kCopied : 0);
     __syncwarp();
     return true;
   }
-  return false;
 }
 
 }  // namespace coda::kernels::sm90::bounded

@@ -49,14 +49,18 @@ State aligned_state(at::TensorList tensors) {
 bool is_narrow(const std::optional<at::Tensor>& t, const at::Tensor& q) {
   return t && t->scalar_type() == q.scalar_type() && q.scalar_type() != wide_type(q);
 }
-at::Tensor wide_place(const std::optional<at::Tensor>& t, const at::Tensor& q) {
-  return is_narrow(t, q) ? at::empty(t->sizes(), wide(q)) : widened(t, q);
+at::Tensor wide_place(const std::optional<at::Tensor>& t, const at::Tensor& q, bool as_is) {
+  if (!is_narrow(t, q)) return widened(t, q);
+  return as_is ? t->contiguous() : at::empty(t->sizes(), wide(q));
 }
 
 // The arguments in the form that kernels take; keeps the tensors alive.
 struct Problem {
   Path path;
+  bool as_is;             // the sm90 forward: it takes lam and theta in the type that they have
+  bool prepared = false;  // the preparation has been launched
   at::Tensor q, k, v, lam, theta, norm_weight, gate, cu_seqlens, index, summary_k, summary_v, summary_mass, inv_freq;
+  at::Tensor claims;  // of the sm90 forward
   State state;
   BankKeys turned;
   kernels::BoundedAttentionParams params{};
@@ -65,9 +69,10 @@ struct Problem {
           const std::optional<at::Tensor>& theta_, const std::optional<at::Tensor>& norm_weight_, const at::Tensor& gate_,
           const at::Tensor& cu_seqlens_, at::TensorList state_, const at::Tensor& index_, const at::Tensor& summary_k_,
           const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
-          const MemoryOptions& memory, const AttentionOptions& attention)
-      : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path), q(aligned(q_)), k(aligned(k_)),
-        v(aligned(v_)), lam(wide_place(lam_, q_)), theta(wide_place(theta_, q_)), norm_weight(widened(norm_weight_, q_)),
+          const MemoryOptions& memory, const AttentionOptions& attention, bool backward)
+      : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path),
+        as_is(path == Path::kSm90 && !backward), q(aligned(q_)), k(aligned(k_)), v(aligned(v_)),
+        lam(wide_place(lam_, q_, as_is)), theta(wide_place(theta_, q_, as_is)), norm_weight(widened(norm_weight_, q_)),
         gate(aligned(gate_)), cu_seqlens(int64(cu_seqlens_)), index(aligned(index_)), summary_k(aligned(summary_k_)),
         summary_v(aligned(summary_v_)), summary_mass(aligned(summary_mass_)), inv_freq(aligned(inv_freq_)),
         state(aligned_state(state_)), turned{k, state.k} {
@@ -117,17 +122,23 @@ struct Problem {
 
   void prepare(const std::optional<at::Tensor>& lam_, const std::optional<at::Tensor>& theta_) {
     auto p = with_outputs<kernels::BoundedAttentionPrepare>(params);
-    const auto narrow_lam = is_narrow(lam_, q) ? lam_->contiguous() : at::Tensor(),
-               narrow_theta = is_narrow(theta_, q) ? theta_->contiguous() : at::Tensor();
+    const auto widens = [&](const std::optional<at::Tensor>& t) { return !as_is && is_narrow(t, q); };
+    const auto narrow_lam = widens(lam_) ? lam_->contiguous() : at::Tensor(),
+               narrow_theta = widens(theta_) ? theta_->contiguous() : at::Tensor();
     p.narrow_lam = read(narrow_lam);
     p.narrow_theta = read(narrow_theta);
-    p.wide_lam = data(lam);
-    p.wide_theta = data(theta);
+    if (p.narrow_lam) p.wide_lam = data(lam);
+    if (p.narrow_theta) p.wide_theta = data(theta);
     if (p.has_bank_distance && p.exact_slots > 0) {
       turned = {at::empty_like(k), at::empty_like(state.k)};
       p.new_kbar = data(turned.fresh);
       p.new_state_kbar = data(turned.state);
     }
+    if (as_is) {
+      claims = at::empty({1}, q.options().dtype(at::kInt));
+      p.claims = static_cast<uint32_t*>(data(claims));
+    }
+    prepared = p.new_kbar || p.narrow_lam || p.narrow_theta;
     C10_CUDA_CHECK(kernels::bounded_attention_prepare(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   }
 };
@@ -140,7 +151,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     CODA_ATTENTION_PARAMS, bool save) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
-                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
+                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS, false);
   const auto saved = [&](bool present) {
     return save && present ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options());
   };
@@ -151,6 +162,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   p.o2 = data(o2);
   p.diff = data(diff);
   p.lse = data(lse);
+  p.narrow_lam = problem.as_is && is_narrow(lam, q);
+  p.narrow_theta = problem.as_is && is_narrow(theta, q);
+  p.prepared = problem.prepared;
+  p.claims = static_cast<uint32_t*>(data(problem.claims));
   const bool rounds = problem.path == Path::kSm90 && p.summary_slots > 0;
   const auto summary_rounded =
       rounds ? at::empty({2, p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, q.options()) : at::empty({0}, q.options());
@@ -169,7 +184,7 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
          const at::Tensor& diff, const at::Tensor& lse_, CODA_MEMORY_PARAMS, CODA_ATTENTION_PARAMS) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
-                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS);
+                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS, true);
   const auto out = output_gradient(aligned(grad_y), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
                                    problem.norm_weight, norm_eps);
   const auto lse = lse_.contiguous(), grad_diff = aligned(out.grad_diff);
