@@ -54,6 +54,9 @@ TORCH_LIBRARY(coda, m) {
         "Tensor gate, Tensor cu_seqlens, Tensor[] state, Tensor index, Tensor summary_k, Tensor summary_v, "
         "Tensor summary_mass, Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", " CODA_ATTENTION_SCHEMA
         ", bool save=True) -> (Tensor y, Tensor o2, Tensor diff, Tensor lse)");
+  m.def("_bounded_attention_into_(Tensor(a!) y, Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, Tensor? norm_weight, "
+        "Tensor gate, Tensor cu_seqlens, Tensor[] state, Tensor index, Tensor summary_k, Tensor summary_v, "
+        "Tensor summary_mass, Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", " CODA_ATTENTION_SCHEMA ") -> ()");
   m.def("_bounded_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, "
         "Tensor? norm_weight, Tensor gate, Tensor cu_seqlens, Tensor[] state, Tensor index, Tensor summary_k, "
         "Tensor summary_v, Tensor summary_mass, Tensor inv_freq, Tensor y, Tensor o2, Tensor diff, Tensor lse, *, "

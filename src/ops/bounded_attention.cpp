@@ -34,6 +34,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch::bounded_att
                  inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS, save);
 }
 
+void dispatch::bounded_attention_into(
+    const at::Tensor& y, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const at::Tensor& cu_seqlens, at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k,
+    const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
+    CODA_ATTENTION_PARAMS) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("coda::_bounded_attention_into_", "")
+                             .typed<decltype(dispatch::bounded_attention_into)>();
+  op.call(y, q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
+          inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
            at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 dispatch::bounded_attention_backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -67,6 +80,17 @@ at::Tensor bounded_attention_explicit(const at::Tensor& q, const at::Tensor& k, 
                                                          CODA_ATTENTION_ARGS, /*save=*/false));
 }
 
+// Where no kernel writes to y itself.
+void bounded_attention_copied_into(
+    const at::Tensor& y, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const at::Tensor& cu_seqlens, at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k,
+    const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
+    CODA_ATTENTION_PARAMS) {
+  y.copy_(std::get<0>(dispatch::bounded_attention_forward(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
+                                                          inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS, /*save=*/false)));
+}
+
 }  // namespace
 
 at::Tensor bounded_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -79,6 +103,9 @@ at::Tensor bounded_attention(const at::Tensor& q, const at::Tensor& k, const at:
                                      CODA_MEMORY_VALUES(memory), CODA_ATTENTION_VALUES(attention));
 }
 
-TORCH_LIBRARY_IMPL(coda, CompositeExplicitAutograd, m) { m.impl("bounded_attention", bounded_attention_explicit); }
+TORCH_LIBRARY_IMPL(coda, CompositeExplicitAutograd, m) {
+  m.impl("bounded_attention", bounded_attention_explicit);
+  m.impl("_bounded_attention_into_", bounded_attention_copied_into);
+}
 
 }  // namespace coda

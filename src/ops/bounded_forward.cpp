@@ -42,38 +42,42 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
   const auto packed_lam = lam ? std::optional(pack(*lam)) : std::nullopt;
   const auto ends = dense ? ends_of(q.sym_size(0), q.sym_size(1), q.options().dtype(at::kLong)) : *cu_seqlens;
 
-  // Rows [from, to) of the packed batch; `cu` counts from `from`.
-  const auto read = [&](const c10::SymInt& from, const c10::SymInt& to, const at::Tensor& cu, at::TensorList before) -> Result {
+  // Rows [from, to) of the packed batch, into `place` where that is given; `cu` counts from `from`.
+  const auto read = [&](const c10::SymInt& from, const c10::SymInt& to, const at::Tensor& cu, at::TensorList before,
+                        const at::Tensor& place) -> Result {
     const auto rows = [&](const at::Tensor& t) { return t.slice_symint(0, from, to); };
-    const auto keys = rows(packed_k), values = rows(packed_v), logits = rows(packed_gate).to(state[2].scalar_type());
+    const auto queries = rows(packed_q), keys = rows(packed_k), values = rows(packed_v);
+    const auto logits = rows(packed_gate).to(state[2].scalar_type());
+    const auto lambdas = packed_lam ? std::optional(rows(*packed_lam)) : std::nullopt;
     auto [index, summary_k, summary_v, summary_mass, after] =
         dispatch::bank_scan(keys, values, logits, cu, before, eta_logit, inv_freq, CODA_MEMORY_ARGS);
-    auto y = dispatch::bounded_attention(rows(packed_q), keys, values, packed_lam ? std::optional(rows(*packed_lam)) : std::nullopt,
-                                         theta, norm_weight, logits, cu, before, index, summary_k, summary_v, summary_mass,
-                                         inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS);
+    if (place.defined()) {
+      dispatch::bounded_attention_into(place, queries, keys, values, lambdas, theta, norm_weight, logits, cu, before, index,
+                                       summary_k, summary_v, summary_mass, inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS);
+      return {place, after};
+    }
+    auto y = dispatch::bounded_attention(queries, keys, values, lambdas, theta, norm_weight, logits, cu, before, index, summary_k,
+                                         summary_v, summary_mass, inv_freq, CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS);
     return {y, after};
   };
 
   const auto tokens = packed_q.sym_size(0);
   const int64_t cut = (std::min(segment, std::numeric_limits<int64_t>::max() / 2) + chunk - 1) / chunk * chunk;
   if (tokens <= cut) {
-    auto [y, after] = read(0, tokens, ends, state);
+    auto [y, after] = read(0, tokens, ends, state, {});
     return {dense ? y.view_symint(q.sym_sizes()) : y, after};
   }
   const int64_t segments = ((tokens + (cut - 1)) / cut).guard_int(__FILE__, __LINE__);
-  // Outputs are joined at the end where autograd has to see it. Elsewhere each goes to its place at once, and a long input takes
+  // Outputs are joined at the end where autograd has to see it. Elsewhere each is written in its place, and a long input takes
   // no more memory beside its output than a segment.
   const bool joined = at::GradMode::is_enabled();
   const auto y = joined ? at::Tensor() : at::empty_symint(packed_q.sym_sizes(), packed_q.options());
   std::vector<at::Tensor> ys, held = state.vec();
   for (int64_t i = 0; i < segments; ++i) {
     const c10::SymInt from = i * cut, to = i + 1 < segments ? c10::SymInt((i + 1) * cut) : tokens;
-    auto [piece, after] = read(from, to, ends.clamp(i * cut, (i + 1) * cut).sub(i * cut), held);
-    if (joined) {
-      ys.push_back(piece);
-    } else {
-      y.slice_symint(0, from, to).copy_(piece);
-    }
+    auto [piece, after] = read(from, to, ends.clamp(i * cut, (i + 1) * cut).sub(i * cut), held,
+                               joined ? at::Tensor() : y.slice_symint(0, from, to));
+    if (joined) ys.push_back(piece);
     held = after;
   }
   const auto whole = joined ? at::cat(ys) : y;

@@ -143,6 +143,25 @@ struct Problem {
   }
 };
 
+// The attention itself, into y (T, H, D), contiguous, and into what the backward takes of it; of size 0 what is not asked.
+void run_forward(const Problem& problem, const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& theta,
+                 const at::Tensor& y, const at::Tensor& o2, const at::Tensor& diff, const at::Tensor& lse) {
+  auto p = with_outputs<kernels::BoundedAttentionForward>(problem.params);
+  p.y = data(y);
+  p.o2 = data(o2);
+  p.diff = data(diff);
+  p.lse = data(lse);
+  p.narrow_lam = problem.as_is && is_narrow(lam, problem.q);
+  p.narrow_theta = problem.as_is && is_narrow(theta, problem.q);
+  p.prepared = problem.prepared;
+  p.claims = static_cast<uint32_t*>(data(problem.claims));
+  const bool rounds = problem.path == Path::kSm90 && p.summary_slots > 0;
+  const auto summary_rounded =
+      rounds ? at::empty({2, p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, y.options()) : at::empty({0}, y.options());
+  p.summary_rounded = data(summary_rounded);
+  C10_CUDA_CHECK(kernels_of(problem.path).forward(p, dtype_of(y), c10::cuda::getCurrentCUDAStream()));
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
     const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
@@ -157,21 +176,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   };
   const auto y = at::empty(q.sizes(), q.options()), o2 = saved(lam.has_value()), diff = saved(norm_weight.has_value());
   const auto lse = at::empty({save ? problem.params.streams : 0, q.size(0), q.size(1)}, wide(q));
-  auto p = with_outputs<kernels::BoundedAttentionForward>(problem.params);
-  p.y = data(y);
-  p.o2 = data(o2);
-  p.diff = data(diff);
-  p.lse = data(lse);
-  p.narrow_lam = problem.as_is && is_narrow(lam, q);
-  p.narrow_theta = problem.as_is && is_narrow(theta, q);
-  p.prepared = problem.prepared;
-  p.claims = static_cast<uint32_t*>(data(problem.claims));
-  const bool rounds = problem.path == Path::kSm90 && p.summary_slots > 0;
-  const auto summary_rounded =
-      rounds ? at::empty({2, p.chunk_rows, p.kv_heads, p.summary_slots, p.dim}, q.options()) : at::empty({0}, q.options());
-  p.summary_rounded = data(summary_rounded);
-  C10_CUDA_CHECK(kernels_of(problem.path).forward(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
+  run_forward(problem, lam, theta, y, o2, diff, lse);
   return {y, o2, diff, lse};
+}
+
+void forward_into(
+    const at::Tensor& y, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const at::Tensor& cu_seqlens, at::TensorList state, const at::Tensor& index, const at::Tensor& summary_k,
+    const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
+    CODA_ATTENTION_PARAMS) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
+                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS, false);
+  const auto none = at::empty({0}, q.options());
+  run_forward(problem, lam, theta, y, none, none, none);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -246,6 +265,7 @@ std::tuple<std::string, std::string> path(const at::Tensor& q, std::optional<dou
 TORCH_LIBRARY_IMPL(coda, CUDA, m) {
   m.impl("bounded_attention_path", path);
   m.impl("_bounded_attention_forward", forward);
+  m.impl("_bounded_attention_into_", forward_into);
   m.impl("_bounded_attention_backward", backward);
 }
 

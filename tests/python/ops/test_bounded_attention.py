@@ -161,6 +161,10 @@ class TestInvariants:
         assert_close(segmented, y)
         assert_same_memory(memory, state, case.config, same_device=True)
         assert_close(gradients(p, lambda p: everything(p, segment=segment)), gradients(p, everything))
+        with torch.no_grad():  # written in place
+            in_place, memory = p.call(segment=segment)
+        assert torch.equal(in_place, segmented)
+        assert_same_memory(memory, state, case.config, same_device=True)
 
     @examples
     @given(cases(), st.integers(1, 9))
@@ -327,6 +331,14 @@ class TestRegistration:
         assert torch.equal(y, expected)
         assert all(torch.equal(a, b) for a, b in zip(state.tensors(), memory.tensors()))
         assert_close(gradients(p, lambda p: everything(p, fn=attend)), gradients(p, everything))
+
+    @all_configs
+    def test_compile_of_segments(self, device, config):
+        attend, p = compiled(F.bounded_attention), Case(config).make().to(device)
+        with torch.no_grad():
+            (y, state), (expected, memory) = p.call(attend, segment=9), p.call(segment=9)
+        assert torch.equal(y, expected)
+        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), memory.tensors()))
 
     def test_compile_with_dynamic_lengths(self, device):
         attend = compiled(F.bounded_attention, dynamic=True)
