@@ -41,10 +41,11 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
   return cudaGetLastError();
 }
 
-// Programmatic dependent launch, from 9.0 on. A kernel launched by `launch_early` may start while the one before it in the stream
-// still runs, as soon as each of that one's blocks has called `let_next_start` or ended. So every thread that reads or writes
-// device memory calls `wait_for_stream` first: it returns when all earlier kernels have ended and their writes can be seen. A
-// kernel in such a row calls it in every block, also where it needs nothing, since the next one takes its end for the end of all.
+// Programmatic dependent launch, on 9.0; later devices run code made for 8.0, which has no such wait. A kernel launched by
+// `launch_early` may start while the one before it in the stream still runs, as soon as each of that one's blocks has called
+// `let_next_start` or ended. So every thread that reads or writes device memory calls `wait_for_stream` first: it returns when all
+// earlier kernels have ended and their writes can be seen. A kernel in such a row calls it in every block, also where it needs
+// nothing, since the next one takes its end for the end of all.
 __device__ inline void wait_for_stream() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -58,7 +59,7 @@ __device__ inline void let_next_start() {
 template <class Params>
 cudaError_t launch_early(void (*kernel)(Params), dim3 grid, int threads, size_t shared, cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (device_capability() < 90) return launch(kernel, grid, threads, shared, stream, params);
+  if (device_capability() != 90) return launch(kernel, grid, threads, shared, stream, params);
   const auto status = allow_shared(reinterpret_cast<const void*>(kernel), shared);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute early{};
