@@ -165,7 +165,7 @@ cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DTy
     const int tokens = (p.chunk + p.splits - 1) / p.splits;
     p.table_tokens = tokens * bytes_of_token <= kTableLimit ? tokens : 0;
     return launch_early(prepare_kernel<T>, dim3(static_cast<unsigned>(p.lam_blocks + p.theta_blocks + rows)), kThreads,
-                  p.table_tokens * bytes_of_token, stream, p);
+                        p.table_tokens * bytes_of_token, stream, p);
   });
 }
 

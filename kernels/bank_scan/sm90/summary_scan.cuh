@@ -22,7 +22,8 @@ class SummaryScan {
  public:
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), scored(barriers), decided(barriers + 1),
-        met(barriers + 2), multiplied(barriers + 3), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads),
+        met(barriers + 2), multiplied(barriers + 3), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks),
+        heads(params.kv_heads),
         slots(params.summary_slots), first(part * kSlots + warp_id() * kWarpSlots),
         chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
         log_stay(log2f(sigmoid(-static_cast<const float*>(params.eta_logit)[head]))) {}

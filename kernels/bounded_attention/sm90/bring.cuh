@@ -268,7 +268,8 @@ struct Bring {
           if (fresh) bring_tile(n, item, item.flags & Item::kBackwards ? item.tiles - 1 - step : step);
         }
         if (step == 0) {
-          found = find_item(p, place, shared.claim, Memory::kRows, place.item[~n & 1], item, n >= 0 && item.flags & Item::kFollowed);
+          found = find_item(p, place, shared.claim, Memory::kRows, place.item[~n & 1], item,
+                            n >= 0 && item.flags & Item::kFollowed);
           bring_queries(n + 1, found);
         }
       }

@@ -206,7 +206,8 @@ __device__ inline bool find_item(const Arguments& p, Place& at, unsigned (&slots
     if (snapshot >= at.next || snapshot < at.row0_of_sequence) {
       // As Span counts them, with few divisions: the block's first item waits for this.
       const auto row0 = [&](int token0, int n) { return p.by_chunk.quotient(token0) + 2 * n; };
-      const int n = find_sequence_together(p.sequences, snapshot, [&](int m) { return row0(static_cast<int>(p.cu_seqlens[m]), m); });
+      const int n = find_sequence_together(p.sequences, snapshot,
+                                           [&](int m) { return row0(static_cast<int>(p.cu_seqlens[m]), m); });
       const int token0 = static_cast<int>(p.cu_seqlens[n]), end = static_cast<int>(p.cu_seqlens[n + 1]);
       const int64_t first = p.tokens_seen[n];
       const int into_chunk = static_cast<int>(first - p.by_chunk.quotient(first) * p.chunk);

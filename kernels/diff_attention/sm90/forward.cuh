@@ -1,7 +1,7 @@
 #pragma once
 
-// One block: a producer warp that brings tiles, and two consumer warpgroups of 64 query rows each. With two streams these are the same
-// tokens, in q and in R_theta q; with one, neighbouring ones. README.md has the reasons.
+// One block: a producer warp that brings tiles, and two consumer warpgroups of 64 query rows each. With two streams these are the
+// same tokens, in q and in R_theta q; with one, neighbouring ones. README.md has the reasons.
 
 #include "bring_tiles.cuh"
 

@@ -7,11 +7,11 @@
 
 namespace coda::kernels::sm90 {
 
-// The order in which query tiles are attended. A unit is what shares keys and values: one KV head of a sequence, or of a whole packed
-// batch. Units go in sections whose keys and values fit the L2 cache together; in a section the tiles that see most keys come first.
-// Blocks attend a tile each in every round, and every other round runs backwards: the block that had the longest tile of one gets the
-// shortest. Where tiles differ much a section begins a new round, so that what its last one lacks are short tiles, and from one section
-// to the next blocks change places, so that not always the same ones have too much.
+// The order in which query tiles are attended. A unit is what shares keys and values: one KV head of a sequence, or of a whole
+// packed batch. Units go in sections whose keys and values fit the L2 cache together; in a section the tiles that see most keys
+// come first. Blocks attend a tile each in every round, and every other round runs backwards: the block that had the longest tile
+// of one gets the shortest. Where tiles differ much a section begins a new round, so that what its last one lacks are short tiles,
+// and from one section to the next blocks change places, so that not always the same ones have too much.
 struct Schedule {
   unsigned tiles;    // of one query head of a unit
   unsigned units;
