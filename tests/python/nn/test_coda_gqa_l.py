@@ -381,6 +381,21 @@ class TestModule:
         assert y.dtype == torch.bfloat16
         assert_close(y.double(), exact, rtol=0.0, atol=0.05 * float(exact.abs().max()))
 
+    def test_bfloat16_is_as_close_to_float64_on_any_device(self, device):
+        """At most twice as far as on the CPU, gradients too. Every token is kept, so that no rounding decides what is."""
+        layer = make_layer(dict(embed_dim=48, num_heads=4, num_kv_heads=2, head_dim=64, window=8, chunk=4, exact_slots=32))
+        x = make_tokens(layer, 2, 30)
+
+        def outputs(device, dtype):
+            own, leaf = copy.deepcopy(layer).to(device, dtype), x.to(device, dtype).requires_grad_()
+            y, _ = read(own, leaf)
+            leaves = [leaf, own.write_proj.weight, own.q_proj.weight]
+            return [t.detach().cpu().double() for t in (y, *torch.autograd.grad(y.sum(), leaves))]
+
+        exact, rounded = outputs("cpu", torch.float64), outputs("cpu", torch.bfloat16)
+        for ours, right, plain in zip(outputs(device, torch.bfloat16), exact, rounded):
+            assert (ours - right).norm() <= 2 * (plain - right).norm()
+
     def test_autocast(self):
         layer = CodaGqaL(**RETENTION)
         x, state = make_tokens(layer, 1, 20), layer.make_state(1, dtype=torch.bfloat16)
