@@ -56,15 +56,19 @@ __device__ inline void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+inline cudaLaunchAttribute early_attribute() {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  return early;
+}
 template <class Params>
 cudaError_t launch_early(void (*kernel)(Params), dim3 grid, int threads, size_t shared, cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (device_capability() != 90) return launch(kernel, grid, threads, shared, stream, params);
   const auto status = allow_shared(reinterpret_cast<const void*>(kernel), shared);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  auto early = early_attribute();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);

@@ -63,20 +63,18 @@ __device__ inline void send_bytes(uint32_t to, const void* from, uint32_t bytes,
                : "memory");
 }
 
-// A launch of clusters, and whether it is an early one, see launch_early; `attributes` must outlive it.
-inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute (&attributes)[2], int64_t clusters, int blocks, int threads,
-                                         size_t shared, cudaStream_t stream, bool early) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+// A launch of clusters; `attribute` must outlive it.
+inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int64_t clusters, int blocks, int threads, size_t shared,
+                                         cudaStream_t stream) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = early ? 2 : 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   return config;
 }
 template <class Params>
@@ -87,13 +85,15 @@ cudaError_t prepare_clusters(void (*kernel)(Params), int blocks, size_t shared) 
   return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
+// As launch_early, whose rules hold for the kernel.
 template <class Params>
 cudaError_t launch_clusters(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared, cudaStream_t stream,
-                            const Params& params, bool early = false) {
+                            const Params& params) {
   if (clusters == 0) return cudaSuccess;
   if (const auto status = prepare_clusters(kernel, blocks, shared); status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2]{};
-  const auto config = cluster_config(attributes, clusters, blocks, threads, shared, stream, early);
+  cudaLaunchAttribute attributes[2]{{}, early_attribute()};
+  auto config = cluster_config(attributes[0], clusters, blocks, threads, shared, stream);
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 // Whether the device has room for so many clusters at once. The driver, which takes its time, is asked once for each shape.
@@ -106,8 +106,8 @@ bool clusters_fit(void (*kernel)(Params), int64_t clusters, int blocks, int thre
   const std::lock_guard lock(mutex);
   const auto [at, fresh] = asked.try_emplace({device, reinterpret_cast<const void*>(kernel), blocks, threads, shared}, 0);
   if (fresh) {
-    cudaLaunchAttribute attributes[2]{};
-    const auto config = cluster_config(attributes, 1, blocks, threads, shared, nullptr, false);
+    cudaLaunchAttribute attribute{};
+    const auto config = cluster_config(attribute, 1, blocks, threads, shared, nullptr);
     const bool known = prepare_clusters(kernel, blocks, shared) == cudaSuccess &&
                        cudaOccupancyMaxActiveClusters(&at->second, kernel, &config) == cudaSuccess;
     if (!known) {

@@ -507,7 +507,7 @@ constexpr int kManyBatches = 4;  // 32 candidates
 template <class T, int kDim, int kBatches>
 cudaError_t run(const RouteExactBankParams& p, cudaStream_t stream) {
   return launch_clusters(route_exact_bank_kernel<T, kDim, kBatches>, p.batch, blocks_of(p), kHeadThreads + kTimeThreads,
-                         sizeof(RouteShared<kDim, kBatches>), stream, p, true);
+                         sizeof(RouteShared<kDim, kBatches>), stream, p);
 }
 
 bool aligned(const void* rows) { return reinterpret_cast<uintptr_t>(rows) % 16 == 0; }

@@ -66,10 +66,10 @@ cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, 
     // Two blocks a head where all clusters run at once all the same.
     const auto halves = p.dim == 64 ? scan_banks_kernel<T, 2, 2> : scan_banks_kernel<T, 4, 2>;
     if (clusters_fit(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2))) {
-      return launch_clusters(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2), stream, p, true);
+      return launch_clusters(halves, clusters, 2 * p.kv_heads, kScanThreads, shared(2), stream, p);
     }
     const auto whole = p.dim == 64 ? scan_banks_kernel<T, 2, 1> : scan_banks_kernel<T, 4, 1>;
-    return launch_clusters(whole, clusters, p.kv_heads, kScanThreads, shared(1), stream, p, true);
+    return launch_clusters(whole, clusters, p.kv_heads, kScanThreads, shared(1), stream, p);
   };
   return dtype == DType::kBFloat16 ? run(__nv_bfloat16{}) : run(__half{});
 }
