@@ -1,4 +1,5 @@
 #include "../common/sequences.cuh"
+#include "clearing.cuh"
 #include "new_state.cuh"
 #include "sm90/steps.h"
 #include "steps.h"
@@ -16,36 +17,26 @@ struct CopyParams : BankScanForward {
 
 constexpr int kClearing = 8;  // blocks of a chunk row
 
-// What scans do not write: chunk rows that no chunk uses and the assignment of who is no candidate. Retention takes care of its
-// index.
 template <class T>
 __global__ void __launch_bounds__(kWarps * kWarp) begin_kernel(BankScanForward p) {
   wait_for_stream();
   let_next_start();
   const int64_t row = blockIdx.x;
   const int64_t n = find_sequence(p.sequences, row, [&](int64_t m) { return p.cu_seqlens[m] / p.chunk + 2 * m; });
-  const auto fill = [&](void* rows, int64_t words, int32_t word) {
-    for (int64_t i = blockIdx.y * blockDim.x + threadIdx.x; i < words; i += gridDim.y * blockDim.x) {
-      static_cast<int32_t*>(rows)[row * words + i] = word;
-    }
-  };
-  if (p.summary_slots > 0) fill(p.assignment, p.chunk, -1);
-  if (const Span span(p.cu_seqlens, p.tokens_seen, n, p.chunk); row < span.row0 + span.chunks) return;
-  if (p.novelty) fill(p.index, p.exact_slots, -1);
-  constexpr int words = sizeof(acc_t<T>) / sizeof(int32_t);
-  fill(p.summary_k, static_cast<int64_t>(p.kv_heads) * p.summary_slots * p.dim * words, 0);
-  fill(p.summary_v, static_cast<int64_t>(p.kv_heads) * p.summary_slots * p.dim * words, 0);
-  fill(p.summary_mass, static_cast<int64_t>(p.summary_slots) * words, 0);
+  clear_row<T>(p, n, row, blockIdx.y, gridDim.y);
 }
 
-// One warp copies one slot of one KV head into the new state. Without exact slots nothing else brings the counts.
+// One warp copies one slot of one KV head into the new state. Without exact slots nothing else brings the counts. The ring needs
+// nothing of the scan, which lets this kernel start once it has itself begun, and so after all that was before it.
 template <class T>
 __global__ void __launch_bounds__(kWarps * kWarp, 4) copy_new_state_kernel(CopyParams p) {
   const int slot = static_cast<int>(blockIdx.y) * kWarps + warp_id(), head = static_cast<int>(blockIdx.x % p.kv_heads);
   if (slot >= p.window + p.exact_slots) return;
   const int64_t n = blockIdx.x / p.kv_heads;
   if (p.exact_slots == 0 && slot == 0 && head == 0 && lane_id() == 0) write_counts(p, n, 0, 0);
-  if (slot < p.window) return copy_ring_slots(p, ScanView<T>(p, n), head, slot, 1, p.wide);
+  if (slot < p.window) copy_ring_slots(p, ScanView<T>(p, n), head, slot, 1, p.wide);
+  wait_for_stream();
+  if (slot < p.window) return;
   const int from = p.source[(n * p.gate_groups + (p.gate_groups == 1 ? 0 : head)) * p.exact_slots + slot - p.window];
   copy_slots<T, true>(p, ScanView<T>(p, n), head, slot, 1, [&](int) { return from < 0 ? slot : from; }, p.wide, p.inv_freq);
 }
@@ -67,7 +58,7 @@ cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStrea
   const dim3 grid(static_cast<unsigned>(params.sequences * params.kv_heads), (held + kWarps - 1) / kWarps);
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch(copy_new_state_kernel<T>, grid, kWarps * kWarp, 0, stream, CopyParams{params, wide_rows<T>(params)});
+    return launch_early(copy_new_state_kernel<T>, grid, kWarps * kWarp, 0, stream, CopyParams{params, wide_rows<T>(params)});
   });
 }
 
@@ -86,11 +77,11 @@ size_t bank_scan_workspace(const BankScanParams& params, DType dtype) {
 
 cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaStream_t stream) {
   const auto clusters = in_clusters(params, dtype);
-  if (params.novelty || params.summary_slots > 0) {
-    if (const auto status = begin(params, dtype, stream); status != cudaSuccess) return status;
-  }
+  bool copied = false;
   if (clusters) {
-    if (const auto status = sm90::scan_banks(params, dtype, clusters, stream); status != cudaSuccess) return status;
+    if (const auto status = sm90::scan_banks(params, dtype, clusters, copied, stream); status != cudaSuccess) return status;
+  } else if (params.novelty || params.summary_slots > 0) {
+    if (const auto status = begin(params, dtype, stream); status != cudaSuccess) return status;
   }
   const bool retention = params.exact_slots > 0 && !params.novelty;
   if (params.exact_slots > 0 && params.novelty && !clusters.exact) {
@@ -99,6 +90,7 @@ cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaSt
   if (params.summary_slots > 0 && !clusters.summary) {
     if (const auto status = summary_scan(params, dtype, stream); status != cudaSuccess) return status;
   }
+  if (copied) return cudaSuccess;
   return retention ? retention_scan(params, dtype, stream) : copy_new_state(params, dtype, stream);
 }
 

@@ -96,13 +96,13 @@ cudaError_t launch_clusters(void (*kernel)(Params), int64_t clusters, int blocks
   config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
-// Whether the device has room for so many clusters at once. The driver, which takes its time, is asked once for each shape.
+// How many clusters the device has room for at once. The driver, which takes its time, is asked once for each shape.
 template <class Params>
-bool clusters_fit(void (*kernel)(Params), int64_t clusters, int blocks, int threads, size_t shared) {
+int most_clusters(void (*kernel)(Params), int blocks, int threads, size_t shared) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int, size_t>, int> asked;
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
   const std::lock_guard lock(mutex);
   const auto [at, fresh] = asked.try_emplace({device, reinterpret_cast<const void*>(kernel), blocks, threads, shared}, 0);
   if (fresh) {
@@ -115,7 +115,7 @@ bool clusters_fit(void (*kernel)(Params), int64_t clusters, int blocks, int thre
       cudaGetLastError();  // not an error of the caller's
     }
   }
-  return at->second >= clusters;
+  return at->second;
 }
 
 }  // namespace coda::kernels::sm90

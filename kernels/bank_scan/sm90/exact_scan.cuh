@@ -20,6 +20,8 @@ struct alignas(16) ExactShared {
   int verdict[2][kTileRows];               // slot of each candidate, plus kTouched where it was only touched; kNone
   alignas(16) int filled[2][kWarp];        // slot that each candidate filled, -1 if none
   int64_t time[kSlots + kTileRows];        // last touch; then position of the candidates
+  int inserts, hits;                // so far
+  int oldest[kSlots], age[kSlots];  // slots but for sinks in the order of their last touch, and where in that order each is
 };
 
 // One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
@@ -28,6 +30,8 @@ struct alignas(16) ExactShared {
 template <class T, int kParts, int kBlocks>
 class ExactScan {
  public:
+  static constexpr int kBarriers = 2 + ExactShared<T, kParts * kWarp>::kBuffers;
+
   __device__ ExactScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), sent(barriers), fetched(barriers + 2),
         rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads), slots(params.exact_slots),
@@ -49,39 +53,48 @@ class ExactScan {
       }
       for (int buffer = 0; buffer < kBuffers; ++buffer) hopper::init_barrier(fetched + buffer, 1);
       hopper::fence_barrier_init();
-      fetch(first, 0);
-      fetch(first + 1, 1);
     }
     cluster_arrive();
     const bool counted = load_state(span.chunk_start(first, p.chunk) - p.window);
     for (int i = 0; i < first; ++i) write_index(p.index + view.index_row(i, 0));
+    ListGate<1> lists{first};
+    if (warp_id() == 0) {
+      await_list(lists, first + 1);
+      fetch(first, 0);
+      fetch(first + 1, 1);
+    }
     cluster_wait();
     const auto evicted = [&](int i) { return evicted0 + i * static_cast<int64_t>(p.chunk); };
     Router router(*this, counted);
     if (warp_id() == 0) {
-      router.begin();
+      router.begin(first < chunks);
+      await_list(lists, first + 2);
       if (first < chunks) pass_alone();
     } else if (first < chunks) {
-      prepare(work.chunk[0], 0, 0, evicted(first));
+      compare(work.chunk[0], 0, 0, evicted(first));
+      find_matches(0, 0);
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = first, at = 0; i < chunks; ++i, ++at) {
       if (warp_id() == 0) {
+        fetch(i + 2, (at + 2) % kBuffers);
         router.decide(work.chunk[at % kBuffers], at % 2, evicted(i));
-        inserts_ += view.sinks_at(evicted(i) + p.window);
+        await_list(lists, i + 3);
         if (i + 1 < chunks) pass_alone();
       } else {
-        if (threadIdx.x == kWarp) fetch(i + 2, (at + 2) % kBuffers);
-        if (at > 0) take_in(work.chunk[(at - 1) % kBuffers], (at - 1) % 2, i - 1, evicted(i - 1));
-        if (i + 1 < chunks) prepare(work.chunk[(at + 1) % kBuffers], at + 1, (at + 1) % 2, evicted(i + 1));
+        const auto& last = work.chunk[(at + kBuffers - 1) % kBuffers];
+        if (at > 0) move(last, (at - 1) % 2);
+        if (i + 1 < chunks) compare(work.chunk[(at + 1) % kBuffers], at + 1, (at + 1) % 2, evicted(i + 1));
+        if (at > 0) take_note(last, (at - 1) % 2, i - 1, evicted(i - 1));
+        if (i + 1 < chunks) find_matches(at + 1, (at + 1) % 2);
       }
       __syncthreads();
     }
     if (const int last = chunks - 1 - first; warp_id() > 0 && last >= 0) {
-      take_in(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
+      take_note(work.chunk[last % kBuffers], last % 2, chunks - 1, evicted(chunks - 1));
     }
-    write_index(p.source + view.n * slots);
+    write_index(p.source + view.n * slots);  // seen by all blocks after this
     cluster_arrive();
     cluster_wait();  // what this block sent has left its shared memory
     if (rank != 0) return;
@@ -89,7 +102,7 @@ class ExactScan {
       p.new_exact_pos[view.n * slots + j] = position_;
       p.new_last_touch[view.n * slots + j] = time_;
     }
-    if (threadIdx.x == 0) write_counts(p, view.n, inserts_, hits_);
+    if (threadIdx.x == 0) write_counts(p, view.n, work.inserts, work.hits);
   }
 
  private:
@@ -110,68 +123,134 @@ class ExactScan {
     ExactScan& scan;
     const NoveltyRule rule;
     const bool counted;
-    SlotQueue queue;
-    uint32_t order = kSlots;
 
     __device__ Router(ExactScan& scan_, bool counted_)
         : scan(scan_), rule{scan_.slots, scan_.sinks, scan_.p.tau_novel, scan_.p.tau_match, scan_.p.refresh_on_hit},
           counted(counted_) {}
-    __device__ void begin() {
-      load();
+    __device__ int room() const { return rule.slots - rule.sinks; }
+    __device__ void begin(bool decides) {
       if (lane_id() < kTileRows) scan.work.filled[1][lane_id()] = -1;
+      if (lane_id() == 0) scan.work.inserts = scan.work.hits = 0;
+      if (counted && decides) sort(by_time());
     }
     __device__ uint32_t order_of(int j) const {
       return order_among(scan.work.time, kSlots + kTileRows, scan.work.time[j]);
     }
-    __device__ void load() {
+    __device__ SlotQueue by_time() const {
+      SlotQueue queue;
       const auto used = [&](int j) { return scan.used_ >> (j / kWarp) & 1; };
       queue.load(scan.slots, scan.sinks, used, [&](int j) { return order_of(j); });
+      return queue;
+    }
+    __device__ SlotQueue by_age() const {
+      SlotQueue queue;
+      queue.load(scan.slots, scan.sinks, [](int) { return true; }, [&](int j) { return scan.work.age[j]; });
+      return queue;
+    }
+    __device__ void sort(const SlotQueue& queue) {
+      Shared& work = scan.work;
+#pragma unroll
+      for (int u = 0; u < kPerLane; ++u) work.oldest[lane_id() + u * kWarp] = static_cast<int>(queue.stamp[u]);
+      __syncwarp();
+      int age[kPerLane] = {};
+#pragma unroll 4
+      for (int j = 0; j < rule.slots; ++j) {
+        const uint32_t other = work.oldest[j];
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) age[u] += other < queue.stamp[u];
+      }
+      __syncwarp();
+#pragma unroll
+      for (int u = 0; u < kPerLane; ++u) {
+        const int j = lane_id() + u * kWarp;
+        const bool has = queue.stamp[u] != ~0u;
+        work.age[j] = has ? age[u] : kSinkAge;
+        if (has) work.oldest[age[u]] = j;
+      }
+      __syncwarp();
+    }
+    // Lane c brings the slot that candidate c touched, -1 if none: those are the youngest now.
+    __device__ void touch(int slot) {
+      Shared& work = scan.work;
+      const int age = slot >= 0 ? work.age[slot] : kSinkAge;
+      const bool last = __match_any_sync(kAllLanes, age) >> lane_id() == 1 && age < kSinkAge;
+      const unsigned touched = __ballot_sync(kAllLanes, last), lower = (1u << lane_id()) - 1;
+      int held[kPerLane], place[kPerLane], gone = 0;
+#pragma unroll
+      for (int u = 0; u < kPerLane; ++u) {
+        if (u * kWarp >= room()) break;
+        held[u] = work.oldest[lane_id() + u * kWarp];
+        const unsigned leave = __reduce_or_sync(kAllLanes, last && age / kWarp == u ? 1u << age % kWarp : 0u);
+        const bool stays = lane_id() + u * kWarp < room() && !(leave >> lane_id() & 1);
+        place[u] = stays ? lane_id() + u * kWarp - gone - __popc(leave & lower) : -1;
+        gone += __popc(leave);
+      }
+      const auto put = [&](int j, int at) {
+        work.oldest[at] = j;
+        work.age[j] = at;
+      };
+      __syncwarp();
+#pragma unroll
+      for (int u = 0; u < kPerLane; ++u) {
+        if (u * kWarp < room() && place[u] >= 0) put(held[u], place[u]);
+      }
+      if (last) put(slot, room() - gone + __popc(touched & lower));
+      __syncwarp();
     }
 
     __device__ void decide(const ExactCandidates<T, kDim>& chunk, int turn, int64_t evicted) {
       Shared& work = scan.work;
       const int c = lane_id() % kTileRows;
-      const int* const before = work.filled[turn ^ 1];
-      int* const filled = work.filled[turn];
-      const unsigned candidates = __ballot_sync(kAllLanes, lane_id() < kTileRows && chunk.source[c] >= 0);
-      if (lane_id() < kTileRows) filled[c] = -1;
-      if (!counted) {
-        if (lane_id() < kTileRows) {
-          work.time[kSlots + c] = chunk.source[c] >= 0 ? evicted + chunk.offset[c] : INT64_MAX;
-        }
-        __syncwarp();
-        load();
-      }
+      const bool kept = lane_id() < kTileRows && chunk.source[c] >= 0;
       Match match = work.match[turn][c];
-      const auto put = [&](int j, uint32_t met) {
-        if (lane_id() < kTileRows) work.key[turn][c][j] = met;
-      };
-      uint32_t compared[kTileRows];
+      uint32_t compared[kTileRows], gram[kTileRows];
       int fills[kTileRows];
 #pragma unroll
       for (int i = 0; i < kTileRows; i += 4) {
         const uint4 keys = *reinterpret_cast<const uint4*>(chunk.before + c * kTileRows + i);
-        const int4 slots = *reinterpret_cast<const int4*>(before + i);
+        const uint4 own = *reinterpret_cast<const uint4*>(chunk.gram + c * kTileRows + i);
+        const int4 slots = *reinterpret_cast<const int4*>(work.filled[turn ^ 1] + i);
         compared[i] = keys.x, compared[i + 1] = keys.y, compared[i + 2] = keys.z, compared[i + 3] = keys.w;
+        gram[i] = own.x, gram[i + 1] = own.y, gram[i + 2] = own.z, gram[i + 3] = own.w;
         fills[i] = slots.x, fills[i + 1] = slots.y, fills[i + 2] = slots.z, fills[i + 3] = slots.w;
       }
+      const uint32_t novel = novel_key(rule);
+      unsigned met = 0;
+      bool numbers = true;
 #pragma unroll
       for (int i = 0; i < kTileRows; ++i) {
-        if (fills[i] < 0) continue;
-        meet(match, compared[i], fills[i]);
-        put(fills[i], compared[i]);
+        if (fills[i] >= 0) meet(match, compared[i], fills[i]);
+        met |= (i < c && gram[i] >= novel) << i;
+        numbers &= i >= c || gram[i] != kNanKey;
       }
+      bool near = match.key >= novel;
+      if (unsigned stale = __ballot_sync(kAllLanes, kept && near && match.slot >= kStale); stale != 0) {
+        note_fills(chunk, turn);
+        for (; stale != 0; stale &= stale - 1) {
+          const int i = __ffs(stale) - 1;
+          const Match again = best_match(rule.slots, [&](int j) { return work.key[turn][i][j]; });
+          if (c == i) match = again;
+        }
+        near = match.key >= novel;
+      }
+      const bool sure = numbers && match.key != kNanKey;
       int slot;
-      const RouteAction action = queue.route(
-          rule, candidates, match, [&](int j) { return counted ? order + j : order_of(kSlots + j); },
-          [&](int candidate, int other) { return chunk.gram[candidate % kTileRows * kTileRows + other]; },
-          [&](int candidate, int j) { return work.key[turn][candidate][j]; }, filled, slot, put);
-      if (lane_id() < kTileRows) work.verdict[turn][c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
+      RouteAction action;
+      const bool done = counted && route_at_once(rule, kept, sure, {match.key, near ? match.slot : rule.slots}, met,
+                                                 [&](int j) { return work.age[j]; }, [&](int at) { return work.oldest[at]; },
+                                                 slot, action);
+      if (!done) action = decide_in_order(chunk, turn, evicted, match, slot);
+      if (lane_id() < kTileRows) {
+        work.filled[turn][c] = action == kInsert || action == kRefresh ? slot : -1;
+        work.verdict[turn][c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
+      }
       const int inserted = __popc(__ballot_sync(kAllLanes, action == kInsert));
-      scan.inserts_ += inserted;
-      scan.hits_ += __popc(candidates) - inserted;
-      order += __popc(candidates);
-      if (counted) return;
+      const int hits = __popc(__ballot_sync(kAllLanes, kept)) - inserted;
+      if (lane_id() == 0) {
+        work.inserts += inserted + scan.view.sinks_at(evicted + scan.p.window);
+        work.hits += hits;
+      }
+      if (counted) return touch(slot);
       __syncwarp();
 #pragma unroll 1
       for (int i = 0; i < kTileRows; ++i) {
@@ -182,11 +261,44 @@ class ExactScan {
       }
       __syncwarp();
     }
+    // How this chunk's candidates compare with those of the last that fill slots.
+    __device__ void note_fills(const ExactCandidates<T, kDim>& chunk, int turn) {
+      const int c = lane_id() % kTileRows;
+#pragma unroll 1
+      for (int i = 0; i < kTileRows; ++i) {
+        const int j = scan.work.filled[turn ^ 1][i];
+        if (j >= 0 && lane_id() < kTileRows) scan.work.key[turn][c][j] = chunk.before[c * kTileRows + i];
+      }
+      __syncwarp();
+    }
+    // The sequential rule, for what the candidates leave to it. `match` knows what the last chunk filled.
+    __device__ RouteAction decide_in_order(const ExactCandidates<T, kDim>& chunk, int turn, int64_t evicted, Match match,
+                                           int& slot) {
+      Shared& work = scan.work;
+      const int c = lane_id() % kTileRows;
+      const auto put = [&](int j, uint32_t met) {
+        if (lane_id() < kTileRows) work.key[turn][c][j] = met;
+      };
+      note_fills(chunk, turn);
+      if (!counted && lane_id() < kTileRows) {
+        work.time[kSlots + c] = chunk.source[c] >= 0 ? evicted + chunk.offset[c] : INT64_MAX;
+      }
+      __syncwarp();
+      SlotQueue queue = counted ? by_age() : by_time();
+      return queue.route(
+          rule, __ballot_sync(kAllLanes, lane_id() < kTileRows && chunk.source[c] >= 0), match,
+          [&](int i) { return counted ? room() + i : order_of(kSlots + i); },
+          [&](int candidate, int other) { return chunk.gram[candidate % kTileRows * kTileRows + other]; },
+          [&](int candidate, int j) { return work.key[turn][candidate][j]; }, work.filled[turn], slot, put);
+    }
   };
 
-  // Thread 0.
+  // Warp 0.
+  __device__ void await_list(ListGate<1>& lists, int i) const {
+    if (lists.await(i, chunks, [&] { return p.lists.exact_ready + view.span.row0; })) fence_async_global();
+  }
   __device__ void fetch(int i, int buffer) const {
-    if (i >= chunks) return;
+    if (i >= chunks || lane_id() != 0) return;
     constexpr uint32_t size = sizeof(ExactCandidates<T, kDim>);
     hopper::arrive_expect(fetched + buffer, size);
     hopper::load_bytes(work.chunk + buffer, &p.lists.of<T, kDim>(view.span.row0 + i, heads, head), fetched + buffer, size);
@@ -224,19 +336,7 @@ class ExactScan {
     if (rank == 0 && j >= 0 && j < slots) to[j] = position_ >= 0 ? source_ : -1;
   }
 
-  // All warps but the first: scores of the chunk's candidates with the slots as they are.
-  __device__ void prepare(const ExactCandidates<T, kDim>& chunk, int at, int turn, int64_t evicted) {
-    if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
-    hopper::wait(fetched + at % kBuffers, at / kBuffers % 2);
-    compare(chunk, turn);
-    if (bytes > 0) {  // not a single block
-      hopper::wait(sent + turn, at / 2 % 2);
-      if (threadIdx.x == kWarp) hopper::arrive_expect(sent + turn, bytes);
-    }
-    // By those that come last to a second tile.
-    if (const int c = comparer() - (kComparing - kTileRows); c >= 0) find_match(c, turn);
-  }
-  // Sinks are compared with; take_in says the rest.
+  // Sinks are compared with; take_note says the rest.
   __device__ void pin(int64_t evicted, int pinned) {
 #pragma unroll 1
     for (int c = 0; c < pinned; ++c) {
@@ -248,8 +348,10 @@ class ExactScan {
     __syncwarp();
   }
 
-  // Sends this head's cosines of candidates and slots to all blocks.
-  __device__ void compare(const ExactCandidates<T, kDim>& chunk, int turn) const {
+  // All warps but the first: sends this head's cosines of the chunk's candidates and the slots as they are to all blocks.
+  __device__ void compare(const ExactCandidates<T, kDim>& chunk, int at, int turn, int64_t evicted) {
+    if (const int pinned = view.sinks_at(evicted + p.window); pinned > 0) pin(evicted, pinned);
+    hopper::wait(fetched + at % kBuffers, at / kBuffers % 2);
     const float candidate_norm = chunk.norm[lane_id() / kTileColumns];
 #pragma unroll 1
     for (int group = part + comparer() * kBlocks; group < groups; group += kComparing * kBlocks) {
@@ -273,20 +375,62 @@ class ExactScan {
     return (group % kBlocks * (kSlots / kTileColumns / kBlocks) + group / kBlocks) * kTilePitch;
   }
 
-  // The best slot of candidate c. One warp.
+  // Once the cosines of all heads are there.
+  __device__ void find_matches(int at, int turn) {
+    if (bytes > 0) {  // not a single block
+      hopper::wait(sent + turn, at / 2 % 2);
+      if (threadIdx.x == kWarp) hopper::arrive_expect(sent + turn, bytes);
+    }
+    // By those that come last to a second tile.
+    if (const int c = comparer() - (kComparing - kTileRows); c >= 0) find_match(c, turn);
+  }
+  // The best slot of candidate c, as best_match, but two slots at a time. One warp.
   __device__ void find_match(int c, int turn) {
     const float reciprocal = 1.0f / static_cast<float>(heads);
     const float* from = work.cosine[turn][0] + c * kTileColumns + lane_id() % kTileColumns;
-    const Match match = best_match(slots, [&](int j) {
-      const uint32_t key = score_key(head_mean(from + tile(j / kTileColumns), kSent, heads, reciprocal));
-      return work.key[turn][c][j] = used_ >> (j / kWarp) & 1 ? key : 0;
-    });
-    if (lane_id() == 0) work.match[turn][c] = match;
+    uint32_t best = 0;
+    int slot = slots;
+#pragma unroll 1
+    for (int base = 0; base < slots; base += 2 * kWarp) {
+      uint32_t key[2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int j = base + u * kWarp + lane_id();
+        key[u] = score_key(head_mean(from + tile(j / kTileColumns), kSent, heads, reciprocal));
+        if (j >= slots || !(used_ >> (j / kWarp) & 1)) key[u] = 0;
+        work.key[turn][c][j] = key[u];
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        if (key[u] > best) {
+          best = key[u];
+          slot = base + u * kWarp + lane_id();
+        }
+      }
+    }
+    const uint32_t top = __reduce_max_sync(kAllLanes, best);
+    slot = __reduce_min_sync(kAllLanes, best == top ? slot : slots);
+    if (lane_id() == 0) work.match[turn][c] = {top, slot};
   }
 
-  // What chunk i and the verdicts about it change. Thread j + 32 keeps what is known of slot j, a warp the values that it alone
-  // compares.
-  __device__ void take_in(const ExactCandidates<T, kDim>& chunk, int turn, int i, int64_t evicted) {
+  // The verdicts about a chunk put its values into slots: each warp into those that it alone compares.
+  __device__ void move(const ExactCandidates<T, kDim>& chunk, int turn) {
+    const int mine = work.verdict[turn][lane_id() / kTileColumns];
+#pragma unroll 1
+    for (int group = part + comparer() * kBlocks; group < groups; group += kComparing * kBlocks) {
+      unsigned fills = __ballot_sync(kAllLanes, mine == group * kTileColumns + lane_id() % kTileColumns);
+#pragma unroll 1
+      for (; fills != 0; fills &= fills - 1) {  // of two candidates for one slot the later one stays
+        const int lane = __ffs(fills) - 1, c = lane / kTileColumns, slot = group * kTileColumns + lane % kTileColumns;
+        packed<kParts>(work.slot + slot * kDim) = packed<kParts>(const_cast<T*>(chunk.value + c * kDim));
+        if (lane_id() == 0) work.norm[slot] = chunk.norm[c];
+      }
+    }
+    __syncwarp();
+  }
+
+  // What else chunk i and the verdicts about it change, while cosines travel. A thread keeps what is known of its own slot.
+  __device__ void take_note(const ExactCandidates<T, kDim>& chunk, int turn, int i, int64_t evicted) {
     if (const int pinned = view.sinks_at(evicted + p.window); own_slot() >= evicted && own_slot() < evicted + pinned) {
       position_ = time_ = own_slot();
       source_ = view.source_of(own_slot());
@@ -310,18 +454,6 @@ class ExactScan {
       }
       full_ = __all_sync(kAllLanes, __popc(used_) == (slots - lane_id() + kWarp - 1) / kWarp);  // and stays so
     }
-    const int mine = work.verdict[turn][lane_id() / kTileColumns];
-#pragma unroll 1
-    for (int group = part + comparer() * kBlocks; group < groups; group += kComparing * kBlocks) {
-      unsigned fills = __ballot_sync(kAllLanes, mine == group * kTileColumns + lane_id() % kTileColumns);
-#pragma unroll 1
-      for (; fills != 0; fills &= fills - 1) {  // of two candidates for one slot the later one stays
-        const int lane = __ffs(fills) - 1, c = lane / kTileColumns, slot = group * kTileColumns + lane % kTileColumns;
-        packed<kParts>(work.slot + slot * kDim) = packed<kParts>(const_cast<T*>(chunk.value + c * kDim));
-        if (lane_id() == 0) work.norm[slot] = chunk.norm[c];
-      }
-    }
-    __syncwarp();
     write_index(p.index + view.index_row(i, 0));
   }
 
@@ -336,7 +468,7 @@ class ExactScan {
   unsigned used_ = 0;  // bit u for slot lane + 32 u
   bool full_ = false;  // all are
   int64_t position_ = -1, time_ = 0;  // of this thread's slot
-  int source_ = -1, inserts_ = 0, hits_ = 0;
+  int source_ = -1;
 };
 
 }  // namespace coda::kernels::sm90

@@ -196,7 +196,7 @@ __device__ void order_slots(const RouteExactBankParams& p, Shared& work, int64_t
       age += (other.x < mine) + (other.y < mine) + (other.z < mine) + (other.w < mine);
     }
     age += __shfl_xor_sync(3u << (lane_id() & ~1), age, 1);
-    if (i < p.num_sinks) age = kMostSlots;
+    if (i < p.num_sinks) age = kSinkAge;
     if (first % 2 == 0) work.age[i] = age;
     if (first % 2 == 1 && i >= p.num_sinks) work.oldest[age] = i;
   }
@@ -253,53 +253,28 @@ __device__ void judge(const RouteExactBankParams& p, Shared& work, int c, bool e
   }
 }
 
-// Decides all candidates at once. New ones, to which no slot and no new one before them is near, take the oldest slots that no
-// other has found; the others touch what is near. That is what the rule does as long as no slot would have been taken before it
-// was found, candidates are younger than all slots, nothing is refreshed, and none has a slot and a new one, or two new ones, to
-// choose between. One warp; false if it cannot.
+__device__ inline NoveltyRule rule_of(const RouteExactBankParams& p) {
+  return {p.slots, p.num_sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
+}
+
 template <class Shared>
 __device__ bool decide_at_once(const RouteExactBankParams& p, const Shared& work, bool kept, int& slot, RouteAction& action) {
-  const int lane = min(lane_id(), p.candidates - 1), best = work.match[lane].slot, room = p.slots - p.num_sinks;
-  const bool matched = kept && best < p.slots;
-  const unsigned met = kept ? work.met[lane] : 0;
-  unsigned all_fresh = __ballot_sync(kAllLanes, kept && !matched);
-  bool fresh = false;
-  for (unsigned before = 0; before != all_fresh;) {
-    before = all_fresh;
-    fresh = kept && !matched && (met & before) == 0;
-    all_fresh = __ballot_sync(kAllLanes, fresh);
-  }
-  const unsigned follows = met & all_fresh;
-  const int age = matched ? work.age[best] : kMostSlots;
-  // Of the 64 oldest slots, those that are found.
-  const uint64_t found =
-      __reduce_or_sync(kAllLanes, age < kWarp ? 1u << age : 0u) |
-      uint64_t{__reduce_or_sync(kAllLanes, age >= kWarp && age < 2 * kWarp ? 1u << (age - kWarp) : 0u)} << kWarp;
-  // The place of the slot that this candidate takes, or else the last new one before it: of the others, the nth.
-  const int nth = __popc(all_fresh & ((1u << lane_id()) - 1)) - !fresh;
-  int place = nth;
-  for (int next; place >= 0 && (next = nth + __popcll(found & ((uint64_t{2} << place) - 1))) != place;) place = next;
-  const bool sure = !kept ||
-                    (work.verdict[lane] < kUnsure && !(p.refresh_on_hit && (matched || follows != 0)) &&
-                     (follows & (follows - 1)) == 0 && !(matched && follows != 0) && (!fresh || place < room) && age > place &&
-                     work.order[lane] + 1 > work.stamp[work.oldest[room - 1]] >> kSlotBits);
-  if (!__all_sync(kAllLanes, sure)) return false;
-  const int taken = fresh ? work.oldest[place] : -1, followed = __shfl_sync(kAllLanes, taken, __ffs(follows) - 1);
-  action = !kept ? kSkip : fresh ? kInsert : kTouch;
-  slot = !kept ? -1 : fresh ? taken : matched ? best : followed;
-  return true;
+  const int lane = min(lane_id(), p.candidates - 1);
+  const bool sure = kept && work.verdict[lane] < kUnsure &&
+                    work.order[lane] + 1 > work.stamp[work.oldest[p.slots - p.num_sinks - 1]] >> kSlotBits;
+  return route_at_once(rule_of(p), kept, sure, work.match[lane], work.met[lane], [&](int j) { return work.age[j]; },
+                       [&](int place) { return work.oldest[place]; }, slot, action);
 }
 
 // The sequential rule. One warp.
 template <class Shared>
 __device__ RouteAction decide_in_order(const RouteExactBankParams& p, Shared& work, unsigned kept, int& slot) {
-  const NoveltyRule rule{p.slots, p.num_sinks, p.tau_novel, p.tau_match, p.refresh_on_hit};
   SlotQueue queue;
 #pragma unroll
   for (int u = 0; u < kPerLane; ++u) queue.stamp[u] = work.stamp[lane_id() + u * kWarp];
   const auto key = [&](int c, int column) { return work.key[min(c, p.candidates - 1)][column]; };
   return queue.route(
-      rule, kept, work.match[min(lane_id(), p.candidates - 1)], [&](int i) { return work.order[i]; },
+      rule_of(p), kept, work.match[min(lane_id(), p.candidates - 1)], [&](int i) { return work.order[i]; },
       [&](int c, int i) { return key(c, kMostSlots + i); }, key, work.filled, slot);
 }
 

@@ -29,6 +29,12 @@ __device__ inline float score_of(uint32_t key) {
 // The least float that is not below tau: x < tau in float64 and x < float_threshold(tau) are the same for every float x.
 __device__ inline float float_threshold(double tau) { return __double2float_ru(tau); }
 
+// Keys from which on a score is that of something known, and one that may refresh.
+__device__ inline uint32_t novel_key(const NoveltyRule& rule) { return score_key(float_threshold(rule.tau_novel)); }
+__device__ inline uint32_t matching_key(const NoveltyRule& rule) {
+  return rule.tau_match == rule.tau_match ? score_key(float_threshold(rule.tau_match)) : ~0u;
+}
+
 // x / n in three steps, n with its reciprocal; the same bits while nothing leaves the range of normal numbers.
 __device__ inline float quotient(float x, float n, float reciprocal) {
   const float near = mul_rn(x, reciprocal);
@@ -89,6 +95,54 @@ __device__ inline void meet(Match& match, uint32_t met, int to) {
   }
 }
 
+// Decides all candidates at once; false if the sequential rule might do otherwise. Lane c brings of candidate c whether there is
+// one, whether what follows is known for sure, the key and the slot of its best match, no slot if none is near, and which of the
+// earlier candidates are near. age(j) is the place of slot j in the order of the last touches, oldest(place) the slot there; sinks
+// have none, kSinkAge. Candidates are younger than all slots. One warp.
+//
+// New ones, to which no slot and no new one before them is near, take the oldest slots that no other has found; the others touch
+// what is near. So it is if no slot would have been taken before it was found, what is refreshed is near to no later candidate,
+// and none has a slot and a new one, or two new ones, to choose between.
+constexpr int kSinkAge = 1 << kSlotBits;
+template <class Age, class Oldest>
+__device__ bool route_at_once(const NoveltyRule& rule, bool kept, bool sure, Match best, unsigned met, Age age, Oldest oldest,
+                              int& slot, RouteAction& action) {
+  const bool matched = kept && best.slot < rule.slots;
+  const unsigned earlier = (1u << lane_id()) - 1;
+  if (!kept) met = 0;
+  const unsigned unmatched = __ballot_sync(kAllLanes, kept && !matched);
+  unsigned all_fresh = unmatched;
+  bool fresh = kept && !matched;
+  if (__any_sync(kAllLanes, met != 0)) {
+    for (unsigned before = 0; before != all_fresh;) {
+      before = all_fresh;
+      fresh = kept && !matched && (met & before) == 0;
+      all_fresh = __ballot_sync(kAllLanes, fresh);
+    }
+  }
+  int place = __popc(all_fresh & earlier) - !fresh;
+  const unsigned follows = met & all_fresh;
+  if (all_fresh != __ballot_sync(kAllLanes, kept)) {
+    const bool refreshes = matched && rule.refresh_on_hit && best.slot >= rule.sinks && best.key >= matching_key(rule);
+    const unsigned all_refresh = __ballot_sync(kAllLanes, refreshes);
+    const unsigned together = __match_any_sync(kAllLanes, matched ? best.slot : -1);
+    const int found_at = matched ? age(best.slot) : kSinkAge;
+    // Of the 32 oldest slots, those that are found: 32 candidates get no further.
+    const unsigned found = __reduce_or_sync(kAllLanes, found_at < kWarp ? 1u << found_at : 0u);
+    // The place of the slot that this candidate takes, or else the last new one before it: of the others, the nth.
+    const int nth = place;
+    for (int next; place >= 0 && (next = nth + __popc(found & ((2u << place) - 1))) != place;) place = next;
+    sure = sure && (follows & (follows - 1)) == 0 && !(matched && follows != 0) && !(rule.refresh_on_hit && follows != 0) &&
+           found_at > place && (met & all_refresh) == 0 && !(matched && (together & all_refresh & earlier) != 0);
+    action = refreshes ? kRefresh : kTouch;
+  }
+  if (!__all_sync(kAllLanes, !kept || (sure && (!fresh || place < rule.slots - rule.sinks)))) return false;
+  const int taken = fresh ? oldest(place) : -1, followed = __shfl_sync(kAllLanes, taken, __ffs(follows) - 1);
+  if (!kept || fresh) action = kept ? kInsert : kSkip;
+  slot = !kept ? -1 : fresh ? taken : matched ? best.slot : followed;
+  return true;
+}
+
 // The order in which slots were last touched, and the sequential rule; in the registers of one warp.
 struct SlotQueue {
   uint32_t stamp[kPerLane];  // order of the last touch, then slot; free ones first, sinks and what is no slot never
@@ -114,8 +168,7 @@ struct SlotQueue {
   template <class Order, class Gram, class Key, class Put = NoNotes>
   __device__ RouteAction route(const NoveltyRule& rule, unsigned candidates, Match match, Order order, Gram gram, Key key,
                                int* filled, int& slot, Put put = {}) {
-    const uint32_t novel = score_key(float_threshold(rule.tau_novel));
-    const uint32_t matching = rule.tau_match == rule.tau_match ? score_key(float_threshold(rule.tau_match)) : ~0u;
+    const uint32_t novel = novel_key(rule), matching = matching_key(rule);
     RouteAction action = kSkip;
     slot = -1;
 #pragma unroll 1

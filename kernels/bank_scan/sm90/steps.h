@@ -16,6 +16,7 @@ struct Banks {
 };
 Banks banks_served(const BankScanParams& params, DType dtype);
 size_t scan_banks_workspace(const BankScanParams& params, Banks banks);
-cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, cudaStream_t stream);
+// Sets `copied` where it writes the new state as well, and leaves it else.
+cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, bool& copied, cudaStream_t stream);
 
 }  // namespace coda::kernels::sm90

@@ -20,6 +20,8 @@ constexpr float kMargin = 0x1.8p-15f;
 template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
+  static constexpr int kBarriers = 4;
+
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), scored(barriers), decided(barriers + 1),
         met(barriers + 2), multiplied(barriers + 3), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks),
@@ -48,6 +50,11 @@ class SummaryScan {
     for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
       write_snapshot(span.row0 + i, bank);
     }
+    ListGate<kSplits> lists{i};
+    const auto await_list = [&](int chunk) {
+      lists.await(chunk, chunks, [&] { return p.lists.summary_ready + view.span.row0 * kSplits; });
+    };
+    await_list(i + 2);
     int count = count_of(i), next_count = count_of(i + 1), free = 1;
     // Buffers of this chunk: values come two chunks ahead, keys only with it.
     int values = 0, list = 0, turn = 0;
@@ -85,6 +92,7 @@ class SummaryScan {
         if (free == 0) sync();
       }
       CandidateList& here = list_at(0);
+      if (fetcher() >= 0) await_list(i + 3);
       if (count > 0 && free < slots) {
         if (warp_id() == kWarps - 1) {  // that has nothing to multiply
           if (const int rows = owned_count(count); rows > 0) {
