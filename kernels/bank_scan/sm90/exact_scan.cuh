@@ -21,7 +21,7 @@ struct alignas(16) ExactShared {
   alignas(16) int filled[2][kWarp];        // slot that each candidate filled, -1 if none
   int64_t time[kSlots + kTileRows];        // last touch; then position of the candidates
   int inserts, hits;                // so far
-  int oldest[kSlots], age[kSlots];  // slots but for sinks in the order of their last touch, and where in that order each is
+  int oldest[kSlots], at[kSlots];    // slots in the order of their last touch, and where among them each is
 };
 
 // One block of a cluster that walks the chunks of one sequence. Every block has the scores of all heads and decides for itself,
@@ -78,11 +78,11 @@ class ExactScan {
 #pragma unroll 1
     for (int i = first, at = 0; i < chunks; ++i, ++at) {
       if (warp_id() == 0) {
-        fetch(i + 2, (at + 2) % kBuffers);
         router.decide(work.chunk[at % kBuffers], at % 2, evicted(i));
         await_list(lists, i + 3);
         if (i + 1 < chunks) pass_alone();
       } else {
+        if (comparer() == kComparing - 1) fetch(i + 2, (at + 2) % kBuffers);
         const auto& last = work.chunk[(at + kBuffers - 1) % kBuffers];
         if (at > 0) move(last, (at - 1) % 2);
         if (i + 1 < chunks) compare(work.chunk[(at + 1) % kBuffers], at + 1, (at + 1) % 2, evicted(i + 1));
@@ -102,7 +102,10 @@ class ExactScan {
       p.new_exact_pos[view.n * slots + j] = position_;
       p.new_last_touch[view.n * slots + j] = time_;
     }
-    if (threadIdx.x == 0) write_counts(p, view.n, work.inserts, work.hits);
+    if (threadIdx.x == 0) {
+      const int64_t begin = evicted(first), end = min(evicted(chunks), static_cast<int64_t>(sinks));
+      write_counts(p, view.n, work.inserts + (first < chunks && begin < end ? end - begin : 0), work.hits);
+    }
   }
 
  private:
@@ -123,11 +126,20 @@ class ExactScan {
     ExactScan& scan;
     const NoveltyRule rule;
     const bool counted;
+    const uint32_t novel;
+    // Slots but for sinks, in the order of their last touch, lie in a ring of which this is the first place.
+    int head = 0;
 
     __device__ Router(ExactScan& scan_, bool counted_)
         : scan(scan_), rule{scan_.slots, scan_.sinks, scan_.p.tau_novel, scan_.p.tau_match, scan_.p.refresh_on_hit},
-          counted(counted_) {}
+          counted(counted_), novel(novel_key(rule)) {}
     __device__ int room() const { return rule.slots - rule.sinks; }
+    __device__ int in_ring(int place) const { return head + place < room() ? head + place : head + place - room(); }
+    __device__ int oldest(int place) const { return scan.work.oldest[in_ring(place)]; }
+    __device__ int age(int slot) const {
+      const int at = scan.work.at[slot];
+      return at == kSinkAge ? kSinkAge : at < head ? at - head + room() : at - head;
+    }
     __device__ void begin(bool decides) {
       if (lane_id() < kTileRows) scan.work.filled[1][lane_id()] = -1;
       if (lane_id() == 0) scan.work.inserts = scan.work.hits = 0;
@@ -144,7 +156,7 @@ class ExactScan {
     }
     __device__ SlotQueue by_age() const {
       SlotQueue queue;
-      queue.load(scan.slots, scan.sinks, [](int) { return true; }, [&](int j) { return scan.work.age[j]; });
+      queue.load(scan.slots, scan.sinks, [](int) { return true; }, [&](int j) { return age(j); });
       return queue;
     }
     __device__ void sort(const SlotQueue& queue) {
@@ -164,7 +176,7 @@ class ExactScan {
       for (int u = 0; u < kPerLane; ++u) {
         const int j = lane_id() + u * kWarp;
         const bool has = queue.stamp[u] != ~0u;
-        work.age[j] = has ? age[u] : kSinkAge;
+        work.at[j] = has ? age[u] : kSinkAge;
         if (has) work.oldest[age[u]] = j;
       }
       __syncwarp();
@@ -172,22 +184,22 @@ class ExactScan {
     // Lane c brings the slot that candidate c touched, -1 if none: those are the youngest now.
     __device__ void touch(int slot) {
       Shared& work = scan.work;
-      const int age = slot >= 0 ? work.age[slot] : kSinkAge;
-      const bool last = __match_any_sync(kAllLanes, age) >> lane_id() == 1 && age < kSinkAge;
+      const int from = slot >= 0 ? age(slot) : kSinkAge;
+      const bool last = __match_any_sync(kAllLanes, from) >> lane_id() == 1 && from < kSinkAge;
       const unsigned touched = __ballot_sync(kAllLanes, last), lower = (1u << lane_id()) - 1;
       int held[kPerLane], place[kPerLane], gone = 0;
 #pragma unroll
       for (int u = 0; u < kPerLane; ++u) {
         if (u * kWarp >= room()) break;
-        held[u] = work.oldest[lane_id() + u * kWarp];
-        const unsigned leave = __reduce_or_sync(kAllLanes, last && age / kWarp == u ? 1u << age % kWarp : 0u);
-        const bool stays = lane_id() + u * kWarp < room() && !(leave >> lane_id() & 1);
-        place[u] = stays ? lane_id() + u * kWarp - gone - __popc(leave & lower) : -1;
+        const int here = lane_id() + u * kWarp;
+        held[u] = here < room() ? oldest(here) : 0;
+        const unsigned leave = __reduce_or_sync(kAllLanes, last && from / kWarp == u ? 1u << from % kWarp : 0u);
+        place[u] = here < room() && !(leave >> lane_id() & 1) ? here - gone - __popc(leave & lower) : -1;
         gone += __popc(leave);
       }
       const auto put = [&](int j, int at) {
-        work.oldest[at] = j;
-        work.age[j] = at;
+        work.oldest[in_ring(at)] = j;
+        work.at[j] = in_ring(at);
       };
       __syncwarp();
 #pragma unroll
@@ -202,27 +214,34 @@ class ExactScan {
       Shared& work = scan.work;
       const int c = lane_id() % kTileRows;
       const bool kept = lane_id() < kTileRows && chunk.source[c] >= 0;
-      Match match = work.match[turn][c];
-      uint32_t compared[kTileRows], gram[kTileRows];
-      int fills[kTileRows];
+      // First four lanes a candidate, for two of this chunk's candidates and two of the last each, then lane c for candidate c.
+      const int four = lane_id() / 4;
+      const Match held = work.match[turn][four];
+      Match match{0, kStale - 1};  // among the slots that the last chunk filled
+      bool lost = false;           // its best slot was one of those
+      unsigned near_one[2];
+      bool number = true;
 #pragma unroll
-      for (int i = 0; i < kTileRows; i += 4) {
-        const uint4 keys = *reinterpret_cast<const uint4*>(chunk.before + c * kTileRows + i);
-        const uint4 own = *reinterpret_cast<const uint4*>(chunk.gram + c * kTileRows + i);
-        const int4 slots = *reinterpret_cast<const int4*>(work.filled[turn ^ 1] + i);
-        compared[i] = keys.x, compared[i + 1] = keys.y, compared[i + 2] = keys.z, compared[i + 3] = keys.w;
-        gram[i] = own.x, gram[i + 1] = own.y, gram[i + 2] = own.z, gram[i + 3] = own.w;
-        fills[i] = slots.x, fills[i + 1] = slots.y, fills[i + 2] = slots.z, fills[i + 3] = slots.w;
+      for (int u = 0; u < 2; ++u) {
+        const int i = lane_id() % 4 + u * 4, to = work.filled[turn ^ 1][i];
+        const uint32_t met = chunk.before[four * kTileRows + i], other = chunk.gram[four * kTileRows + i];
+        if (to >= 0 && (met > match.key || (met == match.key && to < match.slot))) match = {met, to};
+        lost |= to == held.slot;
+        near_one[u] = __ballot_sync(kAllLanes, i < four && other >= novel);
+        number &= i >= four || other != kNanKey;
       }
-      const uint32_t novel = novel_key(rule);
-      unsigned met = 0;
-      bool numbers = true;
+      number = __all_sync(kAllLanes, number);
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) {
-        if (fills[i] >= 0) meet(match, compared[i], fills[i]);
-        met |= (i < c && gram[i] >= novel) << i;
-        numbers &= i >= c || gram[i] != kNanKey;
+      for (int offset = 1; offset <= 2; offset *= 2) {
+        const Match other{__shfl_xor_sync(kAllLanes, match.key, offset), __shfl_xor_sync(kAllLanes, match.slot, offset)};
+        if (other.key > match.key || (other.key == match.key && other.slot < match.slot)) match = other;
       }
+      lost = __ballot_sync(kAllLanes, lost) >> four * 4 & 0xfu;
+      if (match.key < held.key || (match.key == held.key && match.slot > held.slot)) {
+        match = {held.key, lost ? held.slot | kStale : held.slot};
+      }
+      match = {__shfl_sync(kAllLanes, match.key, 4 * c), __shfl_sync(kAllLanes, match.slot, 4 * c)};
+      const unsigned met = (near_one[0] >> 4 * c & 0xfu) | (near_one[1] >> 4 * c & 0xfu) << 4;
       bool near = match.key >= novel;
       if (unsigned stale = __ballot_sync(kAllLanes, kept && near && match.slot >= kStale); stale != 0) {
         note_fills(chunk, turn);
@@ -231,24 +250,29 @@ class ExactScan {
           const Match again = best_match(rule.slots, [&](int j) { return work.key[turn][i][j]; });
           if (c == i) match = again;
         }
+        __syncwarp();
         near = match.key >= novel;
       }
-      const bool sure = numbers && match.key != kNanKey;
       int slot;
       RouteAction action;
-      const bool done = counted && route_at_once(rule, kept, sure, {match.key, near ? match.slot : rule.slots}, met,
-                                                 [&](int j) { return work.age[j]; }, [&](int at) { return work.oldest[at]; },
+      const bool done = counted && route_at_once(rule, kept, number && match.key != kNanKey,
+                                                 {match.key, near ? match.slot : rule.slots}, met,
+                                                 [&](int j) { return age(j); }, [&](int place) { return oldest(place); },
                                                  slot, action);
       if (!done) action = decide_in_order(chunk, turn, evicted, match, slot);
-      if (lane_id() < kTileRows) {
-        work.filled[turn][c] = action == kInsert || action == kRefresh ? slot : -1;
-        work.verdict[turn][c] = slot < 0 ? kNone : action == kTouch ? kTouched + slot : slot;
-      }
-      const int inserted = __popc(__ballot_sync(kAllLanes, action == kInsert));
-      const int hits = __popc(__ballot_sync(kAllLanes, kept)) - inserted;
+      bool fills = action == kInsert || action == kRefresh;
+      if (lane_id() < kTileRows) work.verdict[turn][c] = slot < 0 ? kNone : fills ? slot : kTouched + slot;
+      // Of two candidates for one slot the later one stays.
+      if (!done) fills = __match_any_sync(kAllLanes, fills ? slot : -1) >> lane_id() == 1 && fills;
+      if (lane_id() < kTileRows) work.filled[turn][c] = fills ? slot : -1;
+      const int count = __popc(__ballot_sync(kAllLanes, kept)), inserts = __popc(__ballot_sync(kAllLanes, action == kInsert));
       if (lane_id() == 0) {
-        work.inserts += inserted + scan.view.sinks_at(evicted + scan.p.window);
-        work.hits += hits;
+        work.inserts += inserts;
+        work.hits += count - inserts;
+      }
+      if (counted && done && inserts == count) {  // each took the oldest slot
+        head = in_ring(count);
+        return __syncwarp();
       }
       if (counted) return touch(slot);
       __syncwarp();
@@ -293,7 +317,6 @@ class ExactScan {
     }
   };
 
-  // Warp 0.
   __device__ void await_list(ListGate<1>& lists, int i) const {
     if (lists.await(i, chunks, [&] { return p.lists.exact_ready + view.span.row0; })) fence_async_global();
   }

@@ -188,6 +188,7 @@ struct SlotQueue {
           }
           return now;
         });
+        __syncwarp();  // before notes are taken
         best = again.key;
         found = again.slot;
       }
