@@ -177,6 +177,8 @@ struct Attend {
 
   // Queries go to the register operand in two steps, since what lies in shared memory is long in coming while products
   // read from there: as they are, of item number n, ...
+  // Word w of the row as it is fetched. With two streams there is room for each load's words to stay together: nothing waits to move them.
+  __device__ uint32_t& word_of_row(int i, int w) { return Streams == 2 ? q[w / 4][w % 4] : q[w / 2][i + w % 2 * 2]; }
   __device__ void fetch_queries(unsigned n) {
     hopper::wait(&shared.q_full[n % kQuerySets], n / kQuerySets % 2);
     const T* from = shared.q[n % kQuerySets];
@@ -184,27 +186,36 @@ struct Attend {
     for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
       for (int block = 0; block < D / 32; ++block) {
-        uint32_t words[4];
         const int row = row0() - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
+        uint32_t words[4];
         load_matrices(words, reinterpret_cast<const unsigned char*>(from) + packet / 8 * Memory::kRows * 128 +
                                  hopper::swizzled(row, packet % 8));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
+        for (int j = 0; j < 4; ++j) word_of_row(i, block * 4 + j) = words[j];
       }
     }
   }
-  // ... and as the tile of this item meets them.
+  // ... and as a tile at this step meets them.
   __device__ void turn_queries() {
     const bool turned = p.turns_queries && at_bank();
     const Angle<float>* bank_angles = shared.bank_angles[shared.item[(items - 1) % kItems].chunk_slot];
-    await_loads(q);
+
+    constexpr int kLoads = kOwn * D / 32;
+    uint32_t words[kOwn][D / 8], one_of_each[(kLoads + 3) / 4][4];
+#pragma unroll
+    for (int i = 0; i < kOwn * D / 8; ++i) words[i % kOwn][i / kOwn] = word_of_row(i % kOwn, i / kOwn);
+#pragma unroll
+    for (int i = 0; i < (kLoads + 3) / 4 * 4; ++i) one_of_each[i / 4][i % 4] = words[i % kOwn][i / kOwn * 4 % (D / 8)];
+    await_loads(one_of_each);
     release(&shared.q_empty[(items - 1) % kQuerySets], !p.turns_queries || step > 0 || tiles == window_tiles);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float x[D / 4];
 #pragma unroll
       for (int w = 0; w < D / 8; ++w) {
-        const float2 y = unpack<T>(q[w / 2][i + w % 2 * 2]);
+        const uint32_t word = words[i][w];
+        q[w / 2][i + w % 2 * 2] = word;
+        const float2 y = unpack<T>(word);
         x[2 * w] = y.x;
         x[2 * w + 1] = y.y;
       }
@@ -394,13 +405,16 @@ struct Attend {
   __device__ void invert_totals() {
     float sum[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] = rows.total[i];
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
-      rows.total[i] = sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
-      const uint32_t line = rows.line[i * (kOwn - 1)];
-      if (p.lse && line != kNoLine && lane_id() % 4 == 0) {
+    for (int i = 0; i < 2; ++i) sum[i] = rows.total[i] + __shfl_xor_sync(kAllLanes, rows.total[i], 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rows.total[i] = sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
+    if (p.lse && lane_id() % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t line = rows.line[i * (kOwn - 1)];
+        if (line == kNoLine) continue;
         const float lse = sum[i] > 0.0f ? peak[i] * p.logit_scale + logf(sum[i]) : neg_inf<float>();
         static_cast<float*>(p.lse)[(Streams == 2 ? i * p.tokens * p.heads : 0) + line] = lse;
       }
