@@ -175,6 +175,10 @@ struct Attend {
     }
   }
 
+  // Where word w of a query row of this thread is before it is turned. With two streams there is room for the words of
+  // each load to stay together, so that nothing has to wait for them and move them on.
+  __device__ uint32_t& word_of_row(int i, int w) { return Streams == 2 ? q[w / 4][w % 4] : q[w / 2][i + w % 2 * 2]; }
+
   // Queries go to the register operand in two steps, since what lies in shared memory is long in coming while products
   // read from there: as they are, of item number n, ...
   __device__ void fetch_queries(unsigned n) {
@@ -184,27 +188,36 @@ struct Attend {
     for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
       for (int block = 0; block < D / 32; ++block) {
-        uint32_t words[4];
         const int row = row0() - lane_id() / 4 + 8 * i + lane_id() % 8, packet = block * 4 + lane_id() / 8;
+        uint32_t words[4];
         load_matrices(words, reinterpret_cast<const unsigned char*>(from) + packet / 8 * Memory::kRows * 128 +
                                  hopper::swizzled(row, packet % 8));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) q[block * 2 + j / 2][i + j % 2 * 2] = words[j];
+        for (int j = 0; j < 4; ++j) word_of_row(i, block * 4 + j) = words[j];
       }
     }
   }
-  // ... and as the tile of this item meets them.
+  // ... and as the tile of this step meets them.
   __device__ void turn_queries() {
     const bool turned = p.turns_queries && at_bank();
     const Angle<float>* bank_angles = shared.bank_angles[shared.item[(items - 1) % kItems].chunk_slot];
-    await_loads(q);
+    uint32_t words[kOwn][D / 8];
+#pragma unroll
+    for (int i = 0; i < kOwn * D / 8; ++i) words[i % kOwn][i / kOwn] = word_of_row(i % kOwn, i / kOwn);
+    constexpr int kFours = kOwn == 1 && D == 64 ? 1 : kOwn * D / 128;
+    uint32_t one_of_each[kFours][4];  // load
+#pragma unroll
+    for (int i = 0; i < 4 * kFours; ++i) one_of_each[i / 4][i % 4] = words[i % kOwn][i / kOwn * 4 % (D / 8)];
+    await_loads(one_of_each);
     release(&shared.q_empty[(items - 1) % kQuerySets], !p.turns_queries || step > 0 || tiles == window_tiles);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float x[D / 4];
 #pragma unroll
       for (int w = 0; w < D / 8; ++w) {
-        const float2 y = unpack<T>(q[w / 2][i + w % 2 * 2]);
+        const uint32_t word = words[i][w];
+        q[w / 2][i + w % 2 * 2] = word;
+        const float2 y = unpack<T>(word);
         x[2 * w] = y.x;
         x[2 * w + 1] = y.y;
       }
@@ -267,30 +280,32 @@ struct Attend {
     release(&shared.k_empty[at.stage()], !at.keep());
   }
 
-  // Logits to weights relative to the peaks; returns how much earlier weights shrink. A peak that grows by less than a
-  // factor of 2^8 in the weights stays as it is: weights are floating-point numbers, and rescaling the output would
-  // cost more.
-  __device__ float2 absorb(float (&s)[kKeys / 2]) {
-    float top[2][2];
+  // Logits to weights relative to the peaks. A peak that grows by less than a factor of 2^8 in the weights stays as it is:
+  // weights are floating-point numbers, and rescaling the output would cost more. After an item's first tile peaks seldom
+  // grow, and that none does takes few steps to find: the bits of positive numbers compare as the numbers do, and 0 stands
+  // for all others. With one stream there are no registers for both ways.
+  static constexpr bool kAsksFirst = Streams == 2;
+  __device__ void absorb(float (&s)[kKeys / 2]) {
+    bool grows = true;
+    if (kAsksFirst && step > 0) {
+      int top[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
+      for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float x = fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]);
-        top[row][i % 2] = i < 2 ? x : fmaxf(top[row][i % 2], x);
+        for (int row = 0; row < 2; ++row) {
+          int& x = top[row][i % 2];
+          x = __vimax3_s32(x, __float_as_int(s[4 * i + 2 * row]), __float_as_int(s[4 * i + 2 * row + 1]));
+        }
       }
-    }
-    float shrink[2], base[2], sum[2][2];
+      bool mine = false;
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float x = fmaxf(top[row][0], top[row][1]);
-      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-      const bool grows = (x - peak[row]) * p.log2_scale > 8.0f;
-      shrink[row] = grows ? exp2_approximate((peak[row] - x) * p.log2_scale) : 1.0f;
-      if (grows) peak[row] = x;
-      base[row] = peak[row] == neg_inf<float>() ? 0.0f : peak[row] * p.log2_scale;
+      for (int row = 0; row < 2; ++row) mine |= above_peak(__int_as_float(max(top[row][0], top[row][1])), row);
+      grows = __any_sync(kAllLanes, mine);
     }
+    if (grows) raise_peaks(s);
+    float base[2], sum[2][2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) base[row] = peak[row] == neg_inf<float>() ? 0.0f : peak[row] * p.log2_scale;
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
@@ -304,14 +319,35 @@ struct Attend {
       }
     }
 #pragma unroll
-    for (int row = 0; row < 2; ++row) rows.total[row] = rows.total[row] * shrink[row] + (sum[row][0] + sum[row][1]);
-    return {shrink[0], shrink[1]};
+    for (int row = 0; row < 2; ++row) rows.total[row] += sum[row][0] + sum[row][1];
   }
+  __device__ bool above_peak(float x, int row) const { return (x - peak[row]) * p.log2_scale > 8.0f; }
 
-  __device__ void shrink_output(float2 by) {
-    if (!__any_sync(kAllLanes, by.x != 1.0f || by.y != 1.0f)) return;
+  // To those of these logits where they are above, with what has been summed so far.
+  __device__ void raise_peaks(const float (&s)[kKeys / 2]) {
+    float top[2][2];
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) o[i] *= i % 4 < 2 ? by.x : by.y;
+    for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float x = fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]);
+        top[row][i % 2] = i < 2 ? x : fmaxf(top[row][i % 2], x);
+      }
+    }
+    float shrink[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float x = fmaxf(top[row][0], top[row][1]);
+      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+      const bool grows = above_peak(x, row);
+      shrink[row] = grows ? exp2_approximate((peak[row] - x) * p.log2_scale) : 1.0f;
+      if (grows) peak[row] = x;
+      rows.total[row] *= shrink[row];
+    }
+    if (step == 0 || __all_sync(kAllLanes, shrink[0] == 1.0f && shrink[1] == 1.0f)) return;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i % 4 / 2];
   }
 
   __device__ void start_output(Position at, const uint32_t (&weights)[kKeys / 16][4], bool add) {
@@ -347,14 +383,10 @@ struct Attend {
       const bool last = step + 1 == tiles, other_queries = last || queries_change();
       if (other_queries) fetch_queries(last ? items : items - 1);
       finish_logits(s, now);
-      const float2 shrink = absorb(s);
+      absorb(s);
       pack_operand<T>(weights, s);
       const bool begun = step > 0;
-      if (begun) {
-        shrink_output(shrink);
-      } else {
-        finish(ended);
-      }
+      if (!begun) finish(ended);
       start_output(now, weights, begun);
       before = now;
       // The next logits come in the same wait.
@@ -394,13 +426,16 @@ struct Attend {
   __device__ void invert_totals() {
     float sum[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] = rows.total[i];
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
-      rows.total[i] = sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
-      const uint32_t line = rows.line[i * (kOwn - 1)];
-      if (p.lse && line != kNoLine && lane_id() % 4 == 0) {
+    for (int i = 0; i < 2; ++i) sum[i] = rows.total[i] + __shfl_xor_sync(kAllLanes, rows.total[i], 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rows.total[i] = sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
+    if (p.lse && lane_id() % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t line = rows.line[i * (kOwn - 1)];
+        if (line == kNoLine) continue;
         const float lse = sum[i] > 0.0f ? peak[i] * p.logit_scale + logf(sum[i]) : neg_inf<float>();
         static_cast<float*>(p.lse)[(Streams == 2 ? i * p.tokens * p.heads : 0) + line] = lse;
       }

@@ -171,7 +171,12 @@ __device__ inline bool find_item(const Arguments& p, Place& at, unsigned (&slots
   while (true) {
     if (at.left == 0) {
       const unsigned n = at.claims, claim = next_claim(p, n, slots);
-      if (claim >= p.shares) return false;
+      if (claim >= p.shares) {
+        // Nothing is left to begin. Who starts behind takes all before this kernel for complete, so that is waited for first.
+        wait_for_stream();
+        let_next_start();
+        return false;
+      }
       const bool whole = claim < p.whole;
       const unsigned unit = whole ? claim : p.whole + (claim - p.whole) / p.row_tiles, row = unit / p.kv_heads;
       __syncwarp();
