@@ -10,14 +10,13 @@ namespace coda::kernels::sm90 {
 
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
 // of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are. Of the D / 16 accumulations of the high parts, 8 for
-// D 128, each of 17 addends, none is off by more than 17 units in the last place, 2^-23 of the norms of the elements that it adds
-// up, even where the tensor cores cut every addend; added up in two halves, these are half as much. Those of the low parts
-// are less by 2^-8. Norms, quotients and fixed order itself add 2^-18.6: 1.46e-5 together.
-constexpr float kMargin = 0x1p-15f;
+// D 128, each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every
+// addend, and those of the low parts are less by 2^-8. Norms, quotients and fixed order itself add 2^-18.6: 2.25e-5 together. In
+// two sums, which are at most the products of the norms of their shares of the elements, the first part is half as much: 1.45e-5.
+constexpr float kMargin(int sums) { return sums == 1 ? 0x1.8p-15f : 0x1p-15f; }
 
-// One block of a cluster that walks the chunks of one sequence. A warp keeps its slots in registers, each lane kParts
-// neighbouring elements. What others wait for, values and who goes where, comes first; keys and snapshots follow while scores
-// travel.
+// One block of a cluster that walks the chunks of one sequence. Half a warp keeps a slot in registers. What others wait for, values
+// and who goes where, comes first; keys and snapshots follow while scores travel.
 template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
@@ -25,8 +24,7 @@ class SummaryScan {
 
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), scored(barriers), decided(barriers + 1),
-        met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks),
-        heads(params.kv_heads),
+        met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads),
         slots(params.summary_slots), first(part * kSlots + warp_id() * kWarpSlots),
         chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
         log_stay(log2f(sigmoid(-static_cast<const float*>(params.eta_logit)[head]))) {}
@@ -153,10 +151,11 @@ class SummaryScan {
   // Of one block: its slots, its warps, and how many neighbouring candidates' scores it sums.
   static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kScanThreads / kWarp, kBatch = kTileRows / kBlocks,
                        kBatchBytes = kBatch * kGroupSlots * static_cast<int>(sizeof(float));
-  // What is fetched: packets of 16 bytes of a row, rows of a warp, those of one of its loads.
-  static constexpr int kRowPackets = kDim / kPacket, kFetchedRows = kSummaryRows / kWarps, kLoadRows = kWarp / kRowPackets,
-                       kLoads = kFetchedRows / kLoadRows;
-  // Half a warp keeps a slot; a lane kGroups times four neighbouring elements, 64 apart.
+  // Warps that neither multiply nor settle first fetch for all. Packets of 16 bytes of a row, rows of a warp, and of one of its
+  // loads.
+  static constexpr int kFetchers = kWarps / 2, kRowPackets = kDim / kPacket, kFetchedRows = kSummaryRows / kFetchers,
+                       kLoadRows = kWarp / kRowPackets, kLoads = kFetchedRows / kLoadRows;
+  // Of a slot, a lane keeps kGroups times four neighbouring elements, 64 apart.
   static constexpr int kPairs = kWarpSlots / 2, kGroups = kDim / 64, kElements = kGroups * 4;
   static __device__ int half_lane() { return lane_id() % (kWarp / 2); }
   __device__ int slot_of(int pair) const { return first + pair * 2 + lane_id() / (kWarp / 2); }
@@ -242,10 +241,18 @@ class SummaryScan {
 
   __device__ int count_of(int i) const { return i < chunks ? p.lists.summary_count[view.span.row0 + i] : 0; }
 
-  static __device__ int fetched_row() { return warp_id() * kFetchedRows + lane_id() / kRowPackets; }
+  // The fetchers are numbered from 0; others get a negative number.
+  static __device__ int fetcher() {
+    constexpr int first_quarter = kBlocks == 2 ? 1 : 2;  // and the last
+    const int quarter = warp_id() / 4;
+    return quarter == first_quarter ? warp_id() % 4 : quarter == 3 ? 4 + warp_id() % 4 : -1;
+  }
+  static __device__ int fetched_row() { return fetcher() * kFetchedRows + lane_id() / kRowPackets; }
   static __device__ int fetched_element() { return lane_id() % kRowPackets * kPacket; }
   // Values and keys of candidates. All addresses first, in registers of their own: a copy holds them for long.
-  __device__ void fetch(bool to_value, const CandidateList& values, T* value, bool to_key, const CandidateList& keys, T* key) const {
+  __device__ void fetch(bool to_value, const CandidateList& values, T* value, bool to_key, const CandidateList& keys,
+                        T* key) const {
+    if (fetcher() < 0) return;
     const void *key_from[kLoads], *value_from[kLoads];
     const int row = fetched_row(), element = fetched_element(), packet = element % 64 / kPacket ^ row % 8;
 #pragma unroll
@@ -265,7 +272,7 @@ class SummaryScan {
       if (to_key) ampere::copy_packet(key + ahead * kDim, key_from[load], true);
     }
   }
-  static __device__ bool fetches_lists() { return warp_id() / 4 == kWarps / 4 / 2; }
+  static __device__ bool fetches_lists() { return fetcher() >= kFetchers / 2; }
   __device__ void fetch_list(int i, CandidateList& list) const {
     if (i >= chunks) return;
     const int64_t row = view.span.row0 + i;
@@ -273,7 +280,7 @@ class SummaryScan {
       ampere::copy_packet(reinterpret_cast<uint4*>(to) + at, reinterpret_cast<const uint4*>(from) + at, true);
     };
     const int at = lane_id(), words = p.lists.tokens / 4;
-    switch (warp_id() - kWarps / 2) {
+    switch (fetcher() - kFetchers / 2) {
       case 0:
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
@@ -336,26 +343,6 @@ class SummaryScan {
     if (here) hopper::arrive_expect(barrier, bytes);
   }
 
-  template <int kFrom, int kTo>
-  static __device__ void multiply(float (&d)[32], const T* a, const void* b) {
-    const auto rows = hopper::rows_descriptor(a), columns = hopper::rows_descriptor(b);
-    hopper::begin_products();
-#pragma unroll
-    for (int step = kFrom; step < kTo; ++step) {
-      const int at = (step / 4 * Shared::kPanelBytes + step % 4 * 32) / 16;
-      hopper::multiply<T, 0, 0>(d, rows + at, columns + at, step > kFrom);
-    }
-    hopper::commit_products();
-    hopper::wait_products<0>();
-    hopper::pin(d);
-  }
-  // Holds the warp until these numbers are there: ptxas would add them up later, and keep the products' registers until then.
-  static __device__ void await(const float (&x)[16]) {
-    uint32_t all = ~0u;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) all &= __float_as_uint(x[i]);
-    __syncwarp(__all_sync(kAllLanes, all == ~0u) ? __activemask() : kAllLanes);
-  }
   // Cosines of all candidates and slots by the tensor cores, 32 slots a warpgroup; sent to the blocks that sum them. Also where
   // there are no slots: so no block can be a chunk ahead of another.
   __device__ void approximate(const T* value, const float* norm, int count) const {
@@ -365,15 +352,19 @@ class SummaryScan {
 #pragma unroll
     for (int half = 0; half < 2; ++half) inverse[half] = __fdividef(1.0f, norm[first_row + half * 8 + g]);
     constexpr int steps = kDim / 16;
-    float d[32], sum[16];
-    multiply<0, steps / 2>(d, value, work.direction[group]);
+    float d[kBlocks][32];  // steps in turns, where there are registers for that: so less is rounded
+    const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
+    hopper::begin_products();
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sum[i] = d[i] + d[i + 16];
-    await(sum);
-    float e[32];
-    multiply<steps / 2, steps>(e, value, work.direction[group]);
+    for (int step = 0; step < steps; ++step) {
+      const int at = (step / 4 * Shared::kPanelBytes + step % 4 * 32) / 16;
+      hopper::multiply<T, 0, 0>(d[step % kBlocks], a + at, b + at, step >= kBlocks);
+    }
+    hopper::commit_products();
+    hopper::wait_products<0>();
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sum[i] += e[i] + e[i + 16];
+    for (auto& part : d) hopper::pin(part);
+    const auto product = [&](int at) { return kBlocks == 1 ? d[0][at] : d[0][at] + d[kBlocks - 1][at]; };
     float* const rows = outgoing() + (warp_id() / 4 * kSummaryRows + first_row) * kGroupSlots;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -383,7 +374,7 @@ class SummaryScan {
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
           const int at = (four + u) / 2 * 4 + half * 2 + u % 2;
-          x[u] = sum[at] * inverse[half];
+          x[u] = (product(at) + product(at + 16)) * inverse[half];
         }
         *reinterpret_cast<float4*>(rows + (half * 8 + g) * kGroupSlots + lane_id() % 4 * 8 + four) = {x[0], x[1], x[2], x[3]};
       }
@@ -440,7 +431,7 @@ class SummaryScan {
     }
     if (j >= slots || (claims && !(work.mass[j] > 0.0f))) score.x = -CUDART_INF_F;
     if (j + 1 >= slots || (claims && !(work.mass[j + 1] > 0.0f))) score.y = -CUDART_INF_F;
-    const float margin = kMargin * static_cast<float>(heads);
+    const float margin = kMargin(kBlocks) * static_cast<float>(heads);
     const float top = score_of(__reduce_max_sync(kAllLanes, max(score_key(score.x), score_key(score.y))));
     const unsigned even = __ballot_sync(kAllLanes, !(score.x < top - margin));
     const unsigned odd = __ballot_sync(kAllLanes, !(score.y < top - margin));
@@ -478,7 +469,8 @@ class SummaryScan {
     return !__any_sync(kAllLanes, open);
   }
 
-  // Slot of every candidate that is open. Only while slots are free may one claim one, and then all wait for fixed order. All warps.
+  // Slot of every candidate that is open. Only while slots are free may one claim one, and then all wait for fixed order. All
+  // warps.
   __device__ void choose(Choice& choice, Slots& bank, const T* value, const float* norm, int count, int free) {
     int open = 0, rank[2];
     bool pairs = free == 0;
@@ -559,8 +551,14 @@ class SummaryScan {
           float a[kParts], b[kParts];
           load_candidate(a, value, c);
           load_lane_row(b, work.v + left(two, which) * kDim);
-          const float other_norm = lane_norm(b), dot = warp_sum(lane_product<false>(a, b));
-          const float x = div_rn(dot, mul_rn(norm[c], other_norm));
+          float square = lane_product<false>(b, b), dot = lane_product<false>(a, b);
+#pragma unroll
+          for (int offset = kWarp / 2; offset > 0; offset /= 2) {  // as warp_sum, both at once
+            const float other_square = __shfl_xor_sync(kAllLanes, square, offset);
+            dot = add_rn(dot, __shfl_xor_sync(kAllLanes, dot, offset));
+            square = add_rn(square, other_square);
+          }
+          const float x = div_rn(dot, mul_rn(norm[c], clamped_root(square)));
           if (lane_id() < blocks()) {
             send(remote_address(cosine + (head * kSummaryRows + at) * 2 + which, lane_id()), x, remote_address(met, lane_id()));
           }
@@ -675,7 +673,8 @@ class SummaryScan {
     }
   }
 
-  // The sum of the members' rows, each times its gate, in order, and with kMasses that of their gates.
+  // The sum of the members' rows, each times its gate, in order, and with values that of their gates. The halves of a warp take
+  // their members at the same time.
   template <bool kValues>
   __device__ void weigh(float (&sum)[kElements], float& mass, const uint32_t (&members)[2], const CandidateList& list,
                         const T* rows) const {
