@@ -11,21 +11,20 @@ namespace coda::kernels::sm90 {
 // More than twice the most by which the mean cosine of the tensor cores can differ from that in fixed order. Slots come as sums
 // of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are. Of the D / 16 accumulations of the high parts, 8 for
 // D 128, each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every
-// addend, and those of the low parts are less by 2^-8. Norms, quotients and fixed order itself add 2^-18.6: 2.25e-5 together.
-constexpr float kMargin = 0x1.8p-15f;
+// addend, and those of the low parts are less by 2^-8. Norms, quotients and fixed order itself add 2^-18.6: 2.25e-5 together. In
+// two sums, which are at most the products of the norms of their shares of the elements, the first part is half as much: 1.45e-5.
+constexpr float kMargin(int sums) { return sums == 1 ? 0x1.8p-15f : 0x1p-15f; }
 
-// One block of a cluster that walks the chunks of one sequence. A warp keeps its slots in registers, each lane kParts
-// neighbouring elements. What others wait for, values and who goes where, comes first; keys and snapshots follow while scores
-// travel.
+// One block of a cluster that walks the chunks of one sequence. Half a warp keeps a slot in registers. What others wait for, values
+// and who goes where, comes first; keys and snapshots follow while scores travel.
 template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
-  static constexpr int kBarriers = 4;
+  static constexpr int kBarriers = 3;
 
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), scored(barriers), decided(barriers + 1),
-        met(barriers + 2), multiplied(barriers + 3), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks),
-        heads(params.kv_heads),
+        met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads),
         slots(params.summary_slots), first(part * kSlots + warp_id() * kWarpSlots),
         chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
         log_stay(log2f(sigmoid(-static_cast<const float*>(params.eta_logit)[head]))) {}
@@ -34,7 +33,6 @@ class SummaryScan {
     const Span& span = view.span;
     if (threadIdx.x == 0) {
       for (auto* barrier : {scored, decided, met}) hopper::init_barrier(barrier, 1);
-      hopper::init_barrier(multiplied, kSlots / kGroupSlots * 4);
       hopper::fence_barrier_init();
     }
     cluster_arrive();
@@ -43,12 +41,14 @@ class SummaryScan {
     batch_to_ = remote_address(near(head, (warp_id() / 4 + part) % 2) + owned_row(batch) * kGroupSlots, owner(batch));
     batch_scored_ = remote_address(scored, owner(batch));
     batch_own_ = owner(batch) == rank;
+    snapshot_ = view.summary_row(span.row0, head, first);
     Slots bank;
     load_state(bank);
-    snapshot_ = view.summary_row(span.row0, head, first);
     int i = 0;
     for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
-      write_snapshot(span.row0 + i, bank);
+      write_keys(span.row0 + i, bank);
+      write_rows(static_cast<float*>(p.summary_v) + snapshot_, bank.v);
+      snapshot_ += heads * slots * kDim;
     }
     ListGate<kSplits> lists{i};
     const auto await_list = [&](int chunk) {
@@ -59,104 +59,114 @@ class SummaryScan {
     // Buffers of this chunk: values come two chunks ahead, keys only with it.
     int values = 0, list = 0, turn = 0;
     const auto list_at = [&](int ahead) -> CandidateList& { return work.list[(list + ahead) % Shared::kLists]; };
-    if (fetcher() >= 0) {
-      for (int ahead = 0; ahead < 3; ++ahead) fetch_list(i + ahead, list_at(ahead));
-    }
+    const auto values_at = [&](int ahead) { return work.value[(values + ahead) % 3]; };
+    constexpr int last = Shared::kLists - 1;  // the list of the chunk before
+    for (int ahead = 0; ahead < 3; ++ahead) fetch_list(i + ahead, list_at(ahead));
     await_copies();
     sync();
-    if (fetcher() >= 0) {
-      for (int ahead = 0; ahead < 2; ++ahead) fetch_values(i + ahead, list_at(ahead), work.value[ahead]);
+    for (int ahead = 0; ahead < 2; ++ahead) {
+      fetch(i + ahead < chunks, list_at(ahead), values_at(ahead), false, list_at(ahead), work.key[0]);
     }
     await_copies();
     sync();
     Moves moves{};
     Choice choice{-1, -1};
-    const int last_list = Shared::kLists - 1;
     // What nothing waits for.
     const auto finish = [&](int done) {
-      move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(last_list).gate);
-      write_snapshot(span.row0 + done, bank);
+      move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(last));
+      write_keys(span.row0 + done, bank);
+      snapshot_ += heads * slots * kDim;
       if (rank != 0 || warp_id() != 0) return;
       int32_t* to = p.assignment + (span.row0 + done) * p.chunk;
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        if (choice.slot[u] >= 0) to[list_at(last_list).offset[lane_id() + u * kWarp]] = choice.slot[u];
+        if (choice.slot[u] >= 0) to[list_at(last).offset[lane_id() + u * kWarp]] = choice.slot[u];
       }
     };
     cluster_wait();
 #pragma unroll 1
     for (; i < chunks; ++i) {
-      const int after = values == 2 ? 0 : values + 1, later = after == 2 ? 0 : after + 1;
       if (free > 0) {
         free = free_slots();  // a slot once in use stays so
         if (free == 0) sync();
       }
       CandidateList& here = list_at(0);
-      if (fetcher() >= 0) await_list(i + 3);
-      if (count > 0 && free < slots) {
-        if (warp_id() == kWarps - 1) {  // that has nothing to multiply
-          if (const int rows = owned_count(count); rows > 0) {
-            const int batches = (rows + kBatch - 1) / kBatch;
-            expect(scored, heads * (kSummaryRows / kGroupSlots) * batches * kBatchBytes, lane_id() == 0);
-          }
-          expect(decided, count * static_cast<int>(sizeof(int)), lane_id() == 0);
-        }
-        approximate(work.value[values], here.norm, count);
-        // All together, instructions would be issued no faster than the products need theirs: what has time waits.
-        if (kBlocks == 2 && fetcher() >= 0) {
-          hopper::wait(multiplied, multiplied_parity_);
-          multiplied_parity_ ^= 1;
+      const bool scoring = count > 0 && free < slots;
+      if (warp_id() == kWarps - 1) {  // that has nothing to multiply
+        if (turn > 0) copy_values(span.row0 + i - 1);
+        if (scoring && owned_count(count) > 0) {
+          const int batches = (owned_count(count) + kBatch - 1) / kBatch;
+          expect(scored, heads * (kSummaryRows / kGroupSlots) * batches * kBatchBytes, lane_id() == 0);
         }
       }
+      if (scoring) approximate(values_at(0), here.norm, count);
       // While the scores travel: what the last chunk left to do, and what the next ones need.
       if (turn > 0) finish(i - 1);
-      if (fetcher() >= 0) {
-        fetch_keys(here, work.key[turn % 2]);
-        fetch_values(i + 2, list_at(2), work.value[later]);
-        fetch_list(i + 3, list_at(3));
+      if (warp_id() == kWarps - 1) {
+        hopper::wait_stores_read();  // before others, told what was decided, give slots new values
+        if (scoring) expect(decided, count * static_cast<int>(sizeof(int)), lane_id() == 0);
       }
+      fetch(i + 2 < chunks, list_at(2), values_at(2), true, here, work.key[turn % 2]);
+      if (fetches_lists()) await_list(i + 3);
+      fetch_list(i + 3, list_at(3));
       const int later_count = count_of(i + 2);
-      moves.met = false;
+      if (scoring) settle_owned(count, free > 0);
       choice = {-1, -1};
-      if (count > 0) {
-        choice = choose(bank, work.value[values], here.norm, count, free);
-        move_values(bank, moves, choice, work.value[values], here.gate);
-        if (free > 0) mark_used(choice);
+      bool settled = count == 0;
+      if (scoring) {
+        if (rank * kBatch < count) scored_parity_ ^= 1;
+        hopper::wait(decided, decided_parity_);
+        decided_parity_ ^= 1;
+        settled = read_choice(choice, count);
+        if (free > 0) sync();  // which slots are in use has been read
       }
+      if (!settled) choose(choice, bank, values_at(0), here.norm, count, free);
+      move_values(bank, moves, choice, values_at(0), here);
+      if (free > 0) mark_used(choice);
       await_copies();
       sync();
-      values = after;
-      list = (list + 1) % Shared::kLists;
+      values = values == 2 ? 0 : values + 1;
+      list = list == last ? 0 : list + 1;
       ++turn;
       count = next_count;
       next_count = later_count;
     }
-    if (turn > 0) finish(chunks - 1);
+    if (turn > 0) {
+      finish(chunks - 1);
+      snapshot_ -= heads * slots * kDim;
+      write_rows(static_cast<float*>(p.summary_v) + snapshot_, bank.v);
+    }
     const int64_t kept = view.summary_row(view.n, head, first);
     write_rows(static_cast<float*>(p.new_summary_k) + kept, bank.k);
     write_rows(static_cast<float*>(p.new_summary_v) + kept, bank.v);
     write_mass(p.new_summary_mass, view.n, bank);
+    if (warp_id() == kWarps - 1) hopper::wait_stores();
   }
 
  private:
   static constexpr int kDim = kParts * kWarp;
+  using Shared = SummaryShared<T, kDim>;
+  static constexpr int kPanelElements = Shared::kPanelBytes / static_cast<int>(sizeof(T));
   static constexpr int kWarpSlots = kSummaryRows / kBlocks / (kScanThreads / kWarp);  // neighbouring slots that a warp keeps
   // Of one block: its slots, its warps, and how many neighbouring candidates' scores it sums.
   static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kScanThreads / kWarp, kBatch = kTileRows / kBlocks,
                        kBatchBytes = kBatch * kGroupSlots * static_cast<int>(sizeof(float));
-  using Shared = SummaryShared<T, kDim>;
-  // Warps that neither multiply nor settle fetch for all. Packets of 16 bytes of a row, rows of a warp, and packets of a lane.
+  // Warps that neither multiply nor settle first fetch for all. Packets of 16 bytes of a row, rows of a warp, and of one of its
+  // loads.
   static constexpr int kFetchers = kWarps / 2, kRowPackets = kDim / kPacket, kFetchedRows = kSummaryRows / kFetchers,
-                       kLoads = kFetchedRows * kRowPackets / kWarp;
+                       kLoadRows = kWarp / kRowPackets, kLoads = kFetchedRows / kLoadRows;
+  // Of a slot, a lane keeps kGroups times four neighbouring elements, 64 apart.
+  static constexpr int kPairs = kWarpSlots / 2, kGroups = kDim / 64, kElements = kGroups * 4;
+  static __device__ int half_lane() { return lane_id() % (kWarp / 2); }
+  __device__ int slot_of(int pair) const { return first + pair * 2 + lane_id() / (kWarp / 2); }
   struct Slots {
-    float k[kWarpSlots][kParts], v[kWarpSlots][kParts];
-    float mass[kWarpSlots];
+    float k[kPairs][kElements], v[kPairs][kElements];
+    float mass[kPairs];
   };
-  // Who went to this warp's slots, bits of candidates c and c + 32, and which slots held something before.
+  // Who went to this half warp's slots, bits of candidates c and c + 32, one over the mass of these, and how far the slot moves.
   struct Moves {
-    uint32_t members[kWarpSlots][2];
-    unsigned used;
-    bool met;  // any
+    uint32_t members[kPairs][2];
+    float share[kPairs], rate[kPairs];
   };
   struct Choice {
     int slot[2];  // of candidates lane and lane + 32, -1 beyond the last
@@ -174,137 +184,109 @@ class SummaryScan {
     const float* mass = static_cast<const float*>(p.state_summary_mass) + view.n * slots;
     for (int j = threadIdx.x; j < slots; j += kWarps * kWarp) work.mass[j] = mass[j];
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      bank.mass[s] = first + s < slots ? mass[first + s] : 0.0f;
-      const bool read = first + s < slots && (chunks == 0 || bank.mass[s] > 0.0f);
-      const int64_t at = view.summary_row(view.n, head, first + s) + lane_id() * kParts;
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int slot = slot_of(pair);
+      bank.mass[pair] = slot < slots ? mass[slot] : 0.0f;
+      const bool read = slot < slots && (chunks == 0 || bank.mass[pair] > 0.0f);
+      const int64_t at = view.summary_row(view.n, head, slot) + half_lane() * 4;
 #pragma unroll
-      for (int e = 0; e < kParts; ++e) {
-        bank.k[s][e] = read ? static_cast<const float*>(p.state_summary_k)[at + e] : 0.0f;
-        bank.v[s][e] = read ? static_cast<const float*>(p.state_summary_v)[at + e] : 0.0f;
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t from = at + e / 4 * 64 + e % 4;
+        bank.k[pair][e] = read ? static_cast<const float*>(p.state_summary_k)[from] : 0.0f;
+        bank.v[pair][e] = read ? static_cast<const float*>(p.state_summary_v)[from] : 0.0f;
       }
-    }
-    publish(bank);
-  }
-
-  template <int kElements>
-  static __device__ void store_row(float* to, const float (&x)[kElements]) {
-    if constexpr (kElements == 4) {
-      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
-    } else {
-      *reinterpret_cast<float2*>(to) = {x[0], x[1]};
+      publish(bank, pair);
     }
   }
 
-  static __device__ void load_row(float (&x)[kParts], const float* from) {
-    using Row = std::conditional_t<kParts == 4, float4, float2>;
-    const Row row = *reinterpret_cast<const Row*>(from);
-    x[0] = row.x;
-    x[1] = row.y;
-    if constexpr (kParts == 4) {
-      x[2] = row.z;
-      x[3] = row.w;
-    }
-  }
-
-  // The sum over lanes of kWarpSlots numbers each: lane l gets that of number l / (32 / kWarpSlots).
-  static __device__ float sums(float (&x)[kWarpSlots]) {
-    int offset = kWarp / 2;
+  // Values in fixed order's reach, and as the tensor cores read them once await_copies has ordered that.
+  __device__ void publish(const Slots& bank, int pair) const {
+    float square = 0.0f;
 #pragma unroll
-    for (int count = kWarpSlots / 2; count > 0; count /= 2, offset /= 2) {
-      const bool upper = lane_id() & offset;
+    for (int e = 0; e < kElements; ++e) square += bank.v[pair][e] * bank.v[pair][e];
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const float given = upper ? x[i] : x[i + count], kept = upper ? x[i + count] : x[i];
-        x[i] = kept + __shfl_xor_sync(kAllLanes, given, offset);
-      }
-    }
-#pragma unroll
-    for (; offset > 0; offset /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], offset);
-    return x[0];
-  }
-
-  // This warp's values in fixed order's reach, and as the tensor cores read them once await_copies has ordered that.
-  __device__ void publish(const Slots& bank) const {
-    float squares[kWarpSlots];
-#pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      squares[s] = 0.0f;
-#pragma unroll
-      for (int e = 0; e < kParts; ++e) squares[s] += bank.v[s][e] * bank.v[s][e];
-    }
+    for (int offset = kWarp / 4; offset > 0; offset /= 2) square += __shfl_xor_sync(kAllLanes, square, offset);
     // What no 16-bit numbers can stand for becomes NaN, and is left to fixed order.
-    const float square = sums(squares);
-    const float scale_here = square < CUDART_INF_F ? rsqrtf(fmaxf(square, 1e-12f)) : CUDART_NAN_F;
-    T* direction = work.direction[first / kGroupSlots];
+    float scale;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(fmaxf(square, 1e-12f)));
+    scale = square < CUDART_INF_F ? scale : CUDART_NAN_F;
+    const int slot = slot_of(pair), near = slot % kGroupSlots;
+    float* const values = work.v + slot * kDim + half_lane() * 4;
+    // Slot 8 t + 2 b + e of the 32 is row 8 b + 2 t + e, so that a lane of the products has eight neighbouring slots.
+    T* const to = place(work.direction[slot / kGroupSlots], near % 8 / 2 * 8 + near / 8 * 2 + near % 2, half_lane() * 4);
+    constexpr int low_rows = kGroupSlots * 64;  // in elements, from a high part to its low part
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      const float scale = __shfl_sync(kAllLanes, scale_here, s * (kWarp / kWarpSlots));
-      store_row(work.v + (first + s) * kDim + lane_id() * kParts, bank.v[s]);
-      float high[kParts], low[kParts];
+    for (int group = 0; group < kGroups; ++group) {
+      const float* v = bank.v[pair] + group * 4;
+      *reinterpret_cast<float4*>(values + group * 64) = {v[0], v[1], v[2], v[3]};
+      float high[4], low[4];
 #pragma unroll
-      for (int e = 0; e < kParts; ++e) high[e] = bank.v[s][e] * scale;
+      for (int e = 0; e < 4; ++e) high[e] = v[e] * scale;
 #pragma unroll
-      for (int e = 0; e < kParts; e += 2) {
+      for (int e = 0; e < 4; e += 2) {
         const float2 held = unpack<T>(pack<T>(high[e], high[e + 1]));
         low[e] = high[e] - held.x;
         low[e + 1] = high[e + 1] - held.y;
       }
-      // Slot 8 t + 2 b + e of the 32 is row 8 b + 2 t + e, so that a lane of the products has eight neighbouring slots.
-      const int slot = (first + s) % kGroupSlots, row = slot % 8 / 2 * 8 + slot / 8 * 2 + slot % 2;
-      T* const to = place(direction, row, lane_id() * kParts);
-      store_part(to, high);
-      store_part(to + kGroupSlots * (Shared::kPanelBytes / kSummaryRows / static_cast<int>(sizeof(T))), low);
+      store_part(to + group * kPanelElements, high);
+      store_part(to + group * kPanelElements + low_rows, low);
     }
   }
   // Element d of a row of swizzled panels.
   template <class Element>
   static __device__ Element* place(Element* rows, int row, int d) {
     const int packet = hopper::swizzled(row, d % 64 / kPacket) / static_cast<int>(sizeof(T));
-    return rows + d / 64 * (Shared::kPanelBytes / static_cast<int>(sizeof(T))) + packet + d % kPacket;
+    return rows + d / 64 * kPanelElements + packet + d % kPacket;
   }
 
   __device__ int count_of(int i) const { return i < chunks ? p.lists.summary_count[view.span.row0 + i] : 0; }
 
-  // The fetchers are numbered from 0; others get a negative number. Which packet of which row is this lane's.
+  // The fetchers are numbered from 0; others get a negative number.
   static __device__ int fetcher() {
-    const int quarter = warp_id() / 4;  // the first four warps multiply, with one block a head eight; as many settle first
-    constexpr int settling = kWarps / 2 / 4;
-    if constexpr (kBlocks == 2) return quarter == 1 || quarter == settling + 1 ? quarter / 2 * 4 + warp_id() % 4 : -1;
-    return quarter < settling ? -1 : warp_id() - kWarps / 2;
+    constexpr int first_quarter = kBlocks == 2 ? 1 : 2;  // and the last
+    const int quarter = warp_id() / 4;
+    return quarter == first_quarter ? warp_id() % 4 : quarter == 3 ? 4 + warp_id() % 4 : -1;
   }
-  static __device__ int fetched_row(int load) {
-    return fetcher() * kFetchedRows + (load * kWarp + lane_id()) / kRowPackets;
-  }
+  static __device__ int fetched_row() { return fetcher() * kFetchedRows + lane_id() / kRowPackets; }
   static __device__ int fetched_element() { return lane_id() % kRowPackets * kPacket; }
-  static __device__ void fetch(T* to, const void* from) {
-    ampere::copy_packet(to, static_cast<const T*>(from) + fetched_element(), true);
-  }
-  __device__ void fetch_values(int i, const CandidateList& list, T* to) const {
-    if (i >= chunks) return;
+  // Values and keys of candidates. All addresses first, in registers of their own: a copy holds them for long.
+  __device__ void fetch(bool to_value, const CandidateList& values, T* value, bool to_key, const CandidateList& keys,
+                        T* key) const {
+    if (fetcher() < 0) return;
+    const void *key_from[kLoads], *value_from[kLoads];
+    const int row = fetched_row(), element = fetched_element(), packet = element % 64 / kPacket ^ row % 8;
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
-      const int row = fetched_row(load);
-      if (row < p.lists.tokens) fetch(place(to, row, fetched_element()), list.rows[row].value);
+      key_from[load] = static_cast<const T*>(keys.rows[row + load * kLoadRows].key) + element;
+      value_from[load] = static_cast<const T*>(values.rows[row + load * kLoadRows].value) + element;
     }
-  }
-  __device__ void fetch_keys(const CandidateList& list, T* to) const {
+    value += element / 64 * kPanelElements + row * 64;
+    key += row * kDim + element;
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
-      const int row = fetched_row(load);
-      if (row < p.lists.tokens) fetch(to + row * kDim + fetched_element(), list.rows[row].key);
+      const int ahead = load * kLoadRows;
+      if (row + ahead >= p.lists.tokens) continue;
+      if (to_value) {
+        ampere::copy_packet(value + ahead * 64 + (packet ^ ahead % 8) * kPacket, value_from[load], true);
+      }
+      if (to_key) ampere::copy_packet(key + ahead * kDim, key_from[load], true);
     }
   }
+  static __device__ bool fetches_lists() { return fetcher() >= kFetchers / 2; }
   __device__ void fetch_list(int i, CandidateList& list) const {
     if (i >= chunks) return;
     const int64_t row = view.span.row0 + i;
     const auto packet = [&](auto* to, const auto* from, int at) {
       ampere::copy_packet(reinterpret_cast<uint4*>(to) + at, reinterpret_cast<const uint4*>(from) + at, true);
     };
-    const int at = fetcher() % 2 * kWarp + lane_id(), words = p.lists.tokens / 4;
-    switch (fetcher() / 2) {
+    const int at = lane_id(), words = p.lists.tokens / 4;
+    switch (fetcher() - kFetchers / 2) {
       case 0:
-        if (at < p.lists.tokens) packet(list.rows, p.lists.summary_rows + (row * heads + head) * p.lists.tokens, at);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const int j = at + u * kWarp;
+          if (j < p.lists.tokens) packet(list.rows, p.lists.summary_rows + (row * heads + head) * p.lists.tokens, j);
+        }
         break;
       case 1:
         if (at < words) packet(list.gate, p.lists.summary_gate + row * p.lists.tokens, at);
@@ -357,20 +339,6 @@ class SummaryScan {
   // What the tensor cores say comes by 32 slots, (Hkv, 2, owned, 32), and is put together behind it, (slots / 32, C, 32).
   __device__ float* near(int from, int group) const { return work.cosine + (from * 2 + group) * owned * kGroupSlots; }
   __device__ float* outgoing() const { return work.cosine + heads * owned * kSummaryRows; }
-  // The sum over heads, in any order.
-  __device__ float total_of(int row, int column) const {
-    const float* from = near(0, column / kGroupSlots) + row * kGroupSlots + column % kGroupSlots;
-    const int stride = 2 * owned * kGroupSlots;
-    float total = 0.0f;
-    if (heads == kClusterBlocks) {  // without a branch in between, so that all are read at once
-#pragma unroll
-      for (int h = 0; h < kClusterBlocks; ++h) total += from[h * stride];
-    } else {
-#pragma unroll 1
-      for (int h = 0; h < heads; ++h) total += from[h * stride];
-    }
-    return total;
-  }
   static __device__ void expect(uint64_t* barrier, int bytes, bool here = threadIdx.x == 0) {
     if (here) hopper::arrive_expect(barrier, bytes);
   }
@@ -380,20 +348,23 @@ class SummaryScan {
   __device__ void approximate(const T* value, const float* norm, int count) const {
     const int group = warp_id() / 4 + part, g = lane_id() / 4, first_row = warp_id() % 4 * 16;
     if (warp_id() / 4 >= kSlots / kGroupSlots) return;
-    float d[32];
-    const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
-    hopper::begin_products();
-#pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      const int at = (step / 4 * Shared::kPanelBytes + step % 4 * 32) / 16;
-      hopper::multiply<T, 0, 0>(d, a + at, b + at, step > 0);
-    }
-    hopper::commit_products();
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) inverse[half] = __fdividef(1.0f, norm[first_row + half * 8 + g]);
+    constexpr int steps = kDim / 16;
+    float d[kBlocks][32];  // steps in turns, where there are registers for that: so less is rounded
+    const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
+    hopper::begin_products();
+#pragma unroll
+    for (int step = 0; step < steps; ++step) {
+      const int at = (step / 4 * Shared::kPanelBytes + step % 4 * 32) / 16;
+      hopper::multiply<T, 0, 0>(d[step % kBlocks], a + at, b + at, step >= kBlocks);
+    }
+    hopper::commit_products();
     hopper::wait_products<0>();
-    hopper::pin(d);
+#pragma unroll
+    for (auto& part : d) hopper::pin(part);
+    const auto product = [&](int at) { return kBlocks == 1 ? d[0][at] : d[0][at] + d[kBlocks - 1][at]; };
     float* const rows = outgoing() + (warp_id() / 4 * kSummaryRows + first_row) * kGroupSlots;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -403,15 +374,14 @@ class SummaryScan {
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
           const int at = (four + u) / 2 * 4 + half * 2 + u % 2;
-          x[u] = (d[at] + d[at + 16]) * inverse[half];
+          x[u] = (product(at) + product(at + 16)) * inverse[half];
         }
-        store_row(rows + (half * 8 + g) * kGroupSlots + lane_id() % 4 * 8 + four, x);
+        *reinterpret_cast<float4*>(rows + (half * 8 + g) * kGroupSlots + lane_id() % 4 * 8 + four) = {x[0], x[1], x[2], x[3]};
       }
     }
     hopper::fence_async_proxy();
     __syncwarp();
     // A batch a lane; this block's own, which a bulk copy must not take, by the whole warp.
-    if (lane_id() == 0) hopper::arrive(multiplied);
     const bool sends = lane_id() < 16 / kBatch && first_row + lane_id() * kBatch < count;
     if (sends && !batch_own_) send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
     for (unsigned left = __ballot_sync(kAllLanes, sends && batch_own_); left != 0; left &= left - 1) {
@@ -427,32 +397,58 @@ class SummaryScan {
   static __device__ int told(int a, int b) { return -2 - (a | b << 8); }
   static __device__ int left(int choice, int which) { return (-2 - choice) >> (8 * which) & 0xff; }
 
+  __device__ void settle_owned(int count, bool claims) {
+    // First those warps that had nothing to multiply.
+    const int turn = warp_id() ^ kWarps >> 1;
+    if (rank * kBatch >= count || turn >= owned) return;
+    for (int r = turn; r < owned; r += kWarps) {
+      if (candidate_of_row(r) < count) settle(r, claims);
+    }
+  }
+
   // Tells all blocks the slot of this block's r-th candidate if rounding cannot change it. While slots are free, it must not
   // claim one either. One warp.
   __device__ void settle(int r, bool claims) const {
-    const float margin = kMargin * static_cast<float>(heads), least = static_cast<float>(p.tau_spawn) * heads + margin;
-    float score[2];
-    unsigned near[2];
+    const int c = candidate_of_row(r), j = lane_id() * 2;
+    const uint32_t stride = 2 * owned * kGroupSlots * sizeof(float);
+    uint32_t from = shared_address(near(0, j / kGroupSlots) + r * kGroupSlots + j % kGroupSlots);
+    uint32_t to = remote_address(work.choice + c, lane_id() % blocks()), barrier = remote_address(decided, lane_id() % blocks());
+    asm volatile("" : "+r"(from), "+r"(to), "+r"(barrier));  // ahead of the wait
+    hopper::wait(scored, scored_parity_);
+    float2 score{0.0f, 0.0f};  // in any order
+    if (heads == kClusterBlocks) {  // without a branch in between, so that all are read at once
+      float2 x[kClusterBlocks];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int j = lane_id() + u * kWarp;
-      score[u] = j < slots && (!claims || work.mass[j] > 0.0f) ? total_of(r, j) : -CUDART_INF_F;
+      for (int h = 0; h < kClusterBlocks; ++h) x[h] = load_shared_pair(from + h * stride);
+#pragma unroll
+      for (int h = 0; h < kClusterBlocks; ++h) score.x += x[h].x, score.y += x[h].y;
+    } else {
+#pragma unroll 1
+      for (int h = 0; h < heads; ++h) {
+        const float2 x = load_shared_pair(from + h * stride);
+        score.x += x.x, score.y += x.y;
+      }
     }
-    const float top = score_of(__reduce_max_sync(kAllLanes, max(score_key(score[0]), score_key(score[1]))));
-#pragma unroll
-    for (int u = 0; u < 2; ++u) near[u] = __ballot_sync(kAllLanes, !(score[u] < top - margin));
-    const int nearest = __popc(near[0]) + __popc(near[1]);
-    const int lowest = near[0] ? __ffs(near[0]) - 1 : kWarp + __ffs(near[1]) - 1;
-    const int highest = near[1] ? 2 * kWarp - 1 - __clz(near[1]) : kWarp - 1 - __clz(near[0]);
+    if (j >= slots || (claims && !(work.mass[j] > 0.0f))) score.x = -CUDART_INF_F;
+    if (j + 1 >= slots || (claims && !(work.mass[j + 1] > 0.0f))) score.y = -CUDART_INF_F;
+    const float margin = kMargin(kBlocks) * static_cast<float>(heads);
+    const float top = score_of(__reduce_max_sync(kAllLanes, max(score_key(score.x), score_key(score.y))));
+    const unsigned even = __ballot_sync(kAllLanes, !(score.x < top - margin));
+    const unsigned odd = __ballot_sync(kAllLanes, !(score.y < top - margin));
+    const unsigned all = even | odd;
+    const int nearest = __popc(even) + __popc(odd), low = __ffs(all) - 1, high = kWarp - 1 - __clz(all);
+    const int lowest = 2 * low + (even >> low & 1 ? 0 : 1);
     int choice = -1;
     if (fabsf(top) <= 2.0f * static_cast<float>(heads)) {
-      if (nearest == 1 && (!claims || top > least)) choice = lowest;
-      if (nearest == 2 && !claims && top > margin) choice = told(lowest, highest);
+      if (nearest == 1 && (!claims || top > static_cast<float>(p.tau_spawn) * heads + margin)) choice = lowest;
+      if (nearest == 2 && !claims && top > margin) choice = told(lowest, 2 * high + (odd >> high & 1));
     }
-    if (lane_id() < blocks()) {
-      send(remote_address(work.choice + candidate_of_row(r), lane_id()), static_cast<uint32_t>(choice),
-           remote_address(decided, lane_id()));
-    }
+    if (lane_id() < blocks()) send(to, static_cast<uint32_t>(choice), barrier);
+  }
+  static __device__ float2 load_shared_pair(uint32_t from) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
+    return x;
   }
 
   static __device__ void load_candidate(float (&to)[kParts], const T* value, int c) {
@@ -460,45 +456,35 @@ class SummaryScan {
     for (int k = 0; k < kParts; ++k) to[k] = widen(*place(value, c, lane_id() + k * kWarp));
   }
 
-  // Slot of every candidate. Only while slots are free may one claim one, and then all wait for fixed order. All warps.
-  __device__ Choice choose(Slots& bank, const T* value, const float* norm, int count, int free) {
-    Choice choice{-1, -1};
-    int open = count, rank[2] = {0, 0};
+  // What was told of every candidate, -1 beyond the last. Whether all are settled.
+  __device__ bool read_choice(Choice& choice, int count) const {
+    bool open = false;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const int c = lane_id() + u * kWarp;
+      if (c >= count) continue;
+      choice.slot[u] = work.choice[c];
+      open |= choice.slot[u] < 0;
+    }
+    return !__any_sync(kAllLanes, open);
+  }
+
+  // Slot of every candidate that is open. Only while slots are free may one claim one, and then all wait for fixed order. All
+  // warps.
+  __device__ void choose(Choice& choice, Slots& bank, const T* value, const float* norm, int count, int free) {
+    int open = 0, rank[2];
     bool pairs = free == 0;
-    if (free < slots) {
-      if (this->rank * kBatch < count) {
-        hopper::wait(scored, scored_parity_);
-        scored_parity_ ^= 1;
-        // First those warps that had nothing to multiply.
-        for (int r = warp_id() ^ kWarps >> 1; r < owned; r += kWarps) {
-          if (candidate_of_row(r) < count) settle(r, free > 0);
-        }
-      }
-      hopper::wait(decided, decided_parity_);
-      decided_parity_ ^= 1;
-      bool settled = true;
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const int c = lane_id() + u * kWarp;
-        if (c < count) settled &= (choice.slot[u] = work.choice[c]) >= 0;
-      }
-      if (__all_sync(kAllLanes, settled)) {
-        if (free > 0) sync();  // which slots are in use has been read
-        return choice;
-      }
-      open = 0;
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const int c = lane_id() + u * kWarp;
-        const unsigned mask = __ballot_sync(kAllLanes, c < count && choice.slot[u] < 0);
-        rank[u] = open + __popc(mask & ((1u << lane_id()) - 1));
-        open += __popc(mask);
-        pairs = pairs && !__any_sync(kAllLanes, c < count && choice.slot[u] == -1);
-      }
+    for (int u = 0; u < 2; ++u) {
+      const int c = lane_id() + u * kWarp;
+      const unsigned mask = __ballot_sync(kAllLanes, c < count && choice.slot[u] < 0);
+      rank[u] = open + __popc(mask & ((1u << lane_id()) - 1));
+      open += __popc(mask);
+      pairs = pairs && !__any_sync(kAllLanes, c < count && choice.slot[u] == -1);
     }
     if (pairs) {
       compare_pairs(choice, rank, value, norm, open);
-      return choice;
+      return;
     }
     if (free > 0) {
       open = count;
@@ -539,8 +525,14 @@ class SummaryScan {
     }
     // Fixed order had no registers left for the values.
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) load_row(bank.v[s], work.v + (first + s) * kDim + lane_id() * kParts);
-    return choice;
+    for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const float4 x = *reinterpret_cast<const float4*>(work.v + slot_of(pair) * kDim + group * 64 + half_lane() * 4);
+        float* const v = bank.v[pair] + group * 4;
+        v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+      }
+    }
   }
 
   // Candidates of which two slots are left: every block gets both cosines of all heads.
@@ -559,8 +551,14 @@ class SummaryScan {
           float a[kParts], b[kParts];
           load_candidate(a, value, c);
           load_lane_row(b, work.v + left(two, which) * kDim);
-          const float other_norm = lane_norm(b), dot = warp_sum(lane_product<false>(a, b));
-          const float x = div_rn(dot, mul_rn(norm[c], other_norm));
+          float square = lane_product<false>(b, b), dot = lane_product<false>(a, b);
+#pragma unroll
+          for (int offset = kWarp / 2; offset > 0; offset /= 2) {  // as warp_sum, both at once
+            const float other_square = __shfl_xor_sync(kAllLanes, square, offset);
+            dot = add_rn(dot, __shfl_xor_sync(kAllLanes, dot, offset));
+            square = add_rn(square, other_square);
+          }
+          const float x = div_rn(dot, mul_rn(norm[c], clamped_root(square)));
           if (lane_id() < blocks()) {
             send(remote_address(cosine + (head * kSummaryRows + at) * 2 + which, lane_id()), x, remote_address(met, lane_id()));
           }
@@ -675,81 +673,78 @@ class SummaryScan {
     }
   }
 
-  // The sums of the members' rows, each times its gate, in order, and those of their gates. One member of each slot at a time, so
-  // that their loads are underway together.
-  template <class Part>
-  static __device__ void weigh(float (&sum)[kWarpSlots][kParts], float (&mass)[kWarpSlots], const Moves& moves, const float* gate,
-                               Part part) {
+  // The sum of the members' rows, each times its gate, in order, and with values that of their gates. The halves of a warp take
+  // their members at the same time.
+  template <bool kValues>
+  __device__ void weigh(float (&sum)[kElements], float& mass, const uint32_t (&members)[2], const CandidateList& list,
+                        const T* rows) const {
+    const uint32_t row = shared_address(rows) + half_lane() * 8, packet = half_lane() / 2;
+    mass = 0.0f;
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      mass[s] = 0.0f;
-#pragma unroll
-      for (int e = 0; e < kParts; ++e) sum[s][e] = 0.0f;
-    }
+    for (int e = 0; e < kElements; ++e) sum[e] = 0.0f;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      uint32_t left[kWarpSlots];
-#pragma unroll
-      for (int s = 0; s < kWarpSlots; ++s) left[s] = moves.members[s][u];
-      const auto any = [&] {
-        uint32_t all = 0;
-#pragma unroll
-        for (int s = 0; s < kWarpSlots; ++s) all |= left[s];
-        return all != 0;
-      };
+      const uint32_t gates = shared_address(list.gate + u * kWarp);
 #pragma unroll 1
-      while (any()) {
-        float weight[kWarpSlots], x[kWarpSlots][kParts];
+      for (uint32_t left = members[u]; left != 0; left &= left - 1) {
+        const uint32_t at = __ffs(left) - 1, c = u * kWarp + at;
+        const float weight = load_shared(gates + at * 4);
+        // Packets of a row of values are swizzled: packet of row c is packet ^ c % 8.
+        const uint32_t from = !kValues ? row + c * kDim * 2 : row - packet * 16 + c * 128 + (packet ^ c % 8) * 16;
+        float x[kElements];
 #pragma unroll
-        for (int s = 0; s < kWarpSlots; ++s) {
-          const int c = u * kWarp + __clz(__brev(left[s])) % kWarp;
-          weight[s] = gate[c];
-          load_part(x[s], part(c));
+        for (int group = 0; group < kGroups; ++group) {
+          const uint2 words = load_shared2(from + group * (kValues ? Shared::kPanelBytes : 128));
+          const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
+          x[group * 4] = low.x, x[group * 4 + 1] = low.y, x[group * 4 + 2] = high.x, x[group * 4 + 3] = high.y;
         }
+        if constexpr (kValues) mass += weight;
 #pragma unroll
-        for (int s = 0; s < kWarpSlots; ++s) {
-          const bool here = left[s] != 0;
-          mass[s] = here ? mass[s] + weight[s] : mass[s];
-#pragma unroll
-          for (int e = 0; e < kParts; ++e) sum[s][e] = here ? sum[s][e] + weight[s] * x[s][e] : sum[s][e];
-          left[s] &= left[s] - 1;
-        }
+        for (int e = 0; e < kElements; ++e) sum[e] += weight * x[e];
       }
     }
+    __syncwarp();
   }
-
+  static __device__ float load_shared(uint32_t from) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
+    return x;
+  }
+  static __device__ uint2 load_shared2(uint32_t from) {
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(from));
+    return x;
+  }
   // Values move towards the means of what they were given. A free slot, which is 0, becomes the mean.
-  __device__ void move_values(Slots& bank, Moves& moves, const Choice& choice, const T* value, const float* gate) const {
-    uint32_t all = 0;
+  __device__ void move_values(Slots& bank, Moves& moves, const Choice& choice, const T* value, const CandidateList& list) const {
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
+    for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) all |= moves.members[s][u] = __ballot_sync(kAllLanes, choice.slot[u] == first + s);
-    }
-    moves.met = all != 0;
-    if (!moves.met) return;
-    moves.used = 0;
-    float sum[kWarpSlots][kParts], mass[kWarpSlots];
-    weigh(sum, mass, moves, gate, [&](int c) { return place(value, c, lane_id() * kParts); });
-    // Without branches, so that slots do not wait for each other.
-#pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      const bool here = moved(moves, s), used = bank.mass[s] > 0.0f;
-      moves.used |= static_cast<unsigned>(used) << s;
-      const float by = here ? mass[s] : 1.0f, share = reciprocal(by), rate = rate_of(used, by);
-      bank.mass[s] = here ? used ? bank.mass[s] + by : by : bank.mass[s];
-#pragma unroll
-      for (int e = 0; e < kParts; ++e) {
-        const float next = bank.v[s][e] + rate * (quotient(sum[s][e], by, share) - bank.v[s][e]);
-        bank.v[s][e] = here ? next : bank.v[s][e];
+      for (int u = 0; u < 2; ++u) {
+        const uint32_t even = __ballot_sync(kAllLanes, choice.slot[u] == first + pair * 2);
+        const uint32_t odd = __ballot_sync(kAllLanes, choice.slot[u] == first + pair * 2 + 1);
+        moves.members[pair][u] = lane_id() < kWarp / 2 ? even : odd;
       }
-    }
-    if (lane_id() == 0) {
+      const bool here = moved(moves, pair);
+      if (!__any_sync(kAllLanes, here)) continue;
+      float sum[kElements], mass;
+      weigh<true>(sum, mass, moves.members[pair], list, value);
+      const bool used = bank.mass[pair] > 0.0f;
+      const float by = here ? mass : 1.0f, share = reciprocal(by), rate = rate_of(used, by);
 #pragma unroll
-      for (int s = 0; s < kWarpSlots; ++s) work.mass[first + s] = bank.mass[s];
+      for (int e = 0; e < kElements; ++e) {
+        float& v = bank.v[pair][e];
+        const float after = v + rate * (quotient(sum[e], by, share) - v);
+        v = here ? after : v;
+      }
+      bank.mass[pair] = here ? used ? bank.mass[pair] + by : by : bank.mass[pair];
+      moves.share[pair] = share;
+      moves.rate[pair] = rate;
+      if (half_lane() == 0) work.mass[slot_of(pair)] = bank.mass[pair];
+      publish(bank, pair);
     }
-    publish(bank);
   }
+  static __device__ bool moved(const Moves& moves, int pair) { return (moves.members[pair][0] | moves.members[pair][1]) != 0; }
   // Rounded as a division would be, of normal numbers.
   static __device__ float reciprocal(float x) {
     float near;
@@ -757,54 +752,67 @@ class SummaryScan {
     return __fmaf_rn(__fmaf_rn(-x, near, 1.0f), near, near);
   }
   __device__ float rate_of(bool used, float mass) const { return used ? ema_rate(log_stay, mass) : 1.0f; }
-  static __device__ bool moved(const Moves& moves, int s) { return (moves.members[s][0] | moves.members[s][1]) != 0; }
 
   // Keys follow, with what the values were moved by.
-  __device__ void move_keys(Slots& bank, const Moves& moves, const T* key, const float* gate) const {
-    if (!moves.met) return;
-    float sum[kWarpSlots][kParts], mass[kWarpSlots];
-    weigh(sum, mass, moves, gate, [&](int c) { return key + c * kDim + lane_id() * kParts; });
+  __device__ void move_keys(Slots& bank, const Moves& moves, const T* key, const CandidateList& list) const {
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      if (!moved(moves, s)) continue;
-      const float share = reciprocal(mass[s]), rate = rate_of(moves.used >> s & 1, mass[s]);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const bool here = moved(moves, pair);
+      if (!__any_sync(kAllLanes, here)) continue;
+      float sum[kElements], mass;
+      weigh<false>(sum, mass, moves.members[pair], list, key);
+      if (!here) continue;
+      const float share = moves.share[pair], rate = moves.rate[pair];
 #pragma unroll
-      for (int e = 0; e < kParts; ++e) bank.k[s][e] += rate * (sum[s][e] * share - bank.k[s][e]);
+      for (int e = 0; e < kElements; ++e) bank.k[pair][e] += rate * (sum[e] * share - bank.k[pair][e]);
     }
   }
 
   // This warp's slots to row `row` of a snapshot; rows come one after the other.
-  __device__ void write_snapshot(int64_t row, const Slots& bank) {
+  __device__ void write_keys(int64_t row, const Slots& bank) const {
     write_rows(static_cast<float*>(p.summary_k) + snapshot_, bank.k);
-    write_rows(static_cast<float*>(p.summary_v) + snapshot_, bank.v);
     write_mass(p.summary_mass, row, bank);
-    snapshot_ += heads * slots * kDim;
+  }
+  // The values of all of this block's slots at once, as they were published. One warp.
+  __device__ void copy_values(int64_t row) const {
+    const int base = part * kSlots, count = min(slots - base, kSlots);
+    if (lane_id() != 0) return;
+    if (count > 0) {
+      hopper::store_bytes(static_cast<float*>(p.summary_v) + view.summary_row(row, head, base), work.v + base * kDim,
+                          count * kDim * static_cast<int>(sizeof(float)));
+    }
+    hopper::commit_stores();
   }
   __device__ void write_mass(void* to, int64_t row, const Slots& bank) const {
-    if (head != 0 || lane_id() != 0) return;
+    if (head != 0 || half_lane() != 0) return;
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      if (first + s < slots) static_cast<float*>(to)[row * slots + first + s] = bank.mass[s];
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (const int slot = slot_of(pair); slot < slots) static_cast<float*>(to)[row * slots + slot] = bank.mass[pair];
     }
   }
-  __device__ void write_rows(float* to, const float (&rows)[kWarpSlots][kParts]) const {
+  __device__ void write_rows(float* to, const float (&rows)[kPairs][kElements]) const {
 #pragma unroll
-    for (int s = 0; s < kWarpSlots; ++s) {
-      if (first + s < slots) store_row(to + s * kDim + lane_id() * kParts, rows[s]);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (slot_of(pair) >= slots) continue;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const float* x = rows[pair] + group * 4;
+        *reinterpret_cast<float4*>(to + (slot_of(pair) - first) * kDim + group * 64 + half_lane() * 4) = {x[0], x[1], x[2], x[3]};
+      }
     }
   }
 
   const BankScan& p;
   const ScanView<T> view;
   Shared& work;
-  // Barriers: cosines of the candidates of this block, what was decided about all, cosines of pairs, and that products are done.
-  uint64_t *scored, *decided, *met, *multiplied;
+  // Barriers: cosines of the candidates of this block, what was decided about all, cosines of pairs.
+  uint64_t *scored, *decided, *met;
   const int rank, head, part, heads, slots, first, chunks, owned;  // first: slot of this warp
   const float log_stay;  // binary logarithm of 1 - eta
   uint32_t batch_to_ = 0, batch_scored_ = 0;
   bool batch_own_ = false;
-  int64_t snapshot_;  // where this warp's slots go in the next row
-  uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0, multiplied_parity_ = 0;
+  int64_t snapshot_ = 0;  // where this warp's slots go in the next row
+  uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0;
 };
 
 }  // namespace coda::kernels::sm90
