@@ -68,6 +68,9 @@ TORCH_LIBRARY(coda, m) {
   m.def("bounded_forward(Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, Tensor? norm_weight, Tensor gate, "
         "Tensor? cu_seqlens, Tensor[] state, Tensor? eta_logit, Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", "
         CODA_ATTENTION_SCHEMA ", int segment=32768) -> (Tensor y, Tensor[] new_state)");
+  m.def("_bounded_read(Tensor q, Tensor k, Tensor v, Tensor? lam, Tensor? theta, Tensor? norm_weight, Tensor gate, "
+        "Tensor cu_seqlens, Tensor[] state, Tensor? eta_logit, Tensor inv_freq, *, " CODA_MEMORY_SCHEMA ", "
+        CODA_ATTENTION_SCHEMA ") -> (Tensor y, Tensor[] new_state)");
 
   m.def("_clear_state_(Tensor(a!)[] state) -> ()");
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int kWarps = 8;
 
 struct CopyParams : BankScanForward {
-  bool wide;
+  bool wide, behind_attention;
 };
 
 constexpr int kClearing = 8;  // blocks of a chunk row
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kWarps * kWarp) begin_kernel(BankScanForward p
 }
 
 // One warp copies one slot of one KV head into the new state. Without exact slots nothing else brings the counts. The ring needs
-// nothing of the scan, which lets this kernel start once it has itself begun, and so after all that was before it.
+// nothing of the scan, which lets this kernel start once it has itself begun, and so after all that was before it. Behind the
+// attention, which has waited for the scan before it lets this kernel start, nothing else does either.
 template <class T>
 __global__ void __launch_bounds__(kWarps * kWarp, 4) copy_new_state_kernel(CopyParams p) {
   const int slot = static_cast<int>(blockIdx.y) * kWarps + warp_id(), head = static_cast<int>(blockIdx.x % p.kv_heads);
@@ -35,10 +36,12 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) copy_new_state_kernel(CopyP
   const int64_t n = blockIdx.x / p.kv_heads;
   if (p.exact_slots == 0 && slot == 0 && head == 0 && lane_id() == 0) write_counts(p, n, 0, 0);
   if (slot < p.window) copy_ring_slots(p, ScanView<T>(p, n), head, slot, 1, p.wide);
+  if (!p.behind_attention) wait_for_stream();
+  if (slot >= p.window) {
+    const int from = p.source[(n * p.gate_groups + (p.gate_groups == 1 ? 0 : head)) * p.exact_slots + slot - p.window];
+    copy_slots<T, true>(p, ScanView<T>(p, n), head, slot, 1, [&](int) { return from < 0 ? slot : from; }, p.wide, p.inv_freq);
+  }
   wait_for_stream();
-  if (slot < p.window) return;
-  const int from = p.source[(n * p.gate_groups + (p.gate_groups == 1 ? 0 : head)) * p.exact_slots + slot - p.window];
-  copy_slots<T, true>(p, ScanView<T>(p, n), head, slot, 1, [&](int) { return from < 0 ? slot : from; }, p.wide, p.inv_freq);
 }
 
 // The banks that clusters serve on this device.
@@ -53,16 +56,17 @@ cudaError_t begin(const BankScanForward& params, DType dtype, cudaStream_t strea
   });
 }
 
-cudaError_t copy_new_state(const BankScanForward& params, DType dtype, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t bank_scan_new_state(const BankScanForward& params, DType dtype, cudaStream_t stream, bool behind_attention) {
   const int held = params.window + params.exact_slots;
   const dim3 grid(static_cast<unsigned>(params.sequences * params.kv_heads), (held + kWarps - 1) / kWarps);
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch_early(copy_new_state_kernel<T>, grid, kWarps * kWarp, 0, stream, CopyParams{params, wide_rows<T>(params)});
+    return launch_early(copy_new_state_kernel<T>, grid, kWarps * kWarp, 0, stream,
+                        CopyParams{params, wide_rows<T>(params), behind_attention});
   });
 }
-
-}  // namespace
 
 size_t bank_scan_workspace(const BankScanParams& params, DType dtype) {
   // The steps run one after the other and share it.
@@ -75,9 +79,9 @@ size_t bank_scan_workspace(const BankScanParams& params, DType dtype) {
   return bytes;
 }
 
-cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaStream_t stream) {
+cudaError_t bank_scan_snapshots(const BankScanForward& params, DType dtype, cudaStream_t stream, bool& copied) {
   const auto clusters = in_clusters(params, dtype);
-  bool copied = false;
+  copied = false;
   if (clusters) {
     if (const auto status = sm90::scan_banks(params, dtype, clusters, copied, stream); status != cudaSuccess) return status;
   } else if (params.novelty || params.summary_slots > 0) {
@@ -90,8 +94,15 @@ cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaSt
   if (params.summary_slots > 0 && !clusters.summary) {
     if (const auto status = summary_scan(params, dtype, stream); status != cudaSuccess) return status;
   }
-  if (copied) return cudaSuccess;
-  return retention ? retention_scan(params, dtype, stream) : copy_new_state(params, dtype, stream);
+  if (!retention) return cudaSuccess;
+  copied = true;
+  return retention_scan(params, dtype, stream);
+}
+
+cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaStream_t stream) {
+  bool copied = false;
+  const auto status = bank_scan_snapshots(params, dtype, stream, copied);
+  return status != cudaSuccess || copied ? status : bank_scan_new_state(params, dtype, stream, false);
 }
 
 }  // namespace coda::kernels

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/dtype.h"
+#include "../common/ends.h"
 
 namespace coda::kernels {
 
@@ -24,7 +25,7 @@ struct BankScanParams {
   const void* k;                   // (T, Hkv, D)
   const void* v;                   // (T, Hkv, D)
   const void* gate;                // (T, R) A, logits
-  const int64_t* cu_seqlens;       // (N + 1)
+  SequenceEnds cu_seqlens;         // (N + 1)
   const void* state_k;             // (N, Hkv, W + Me, D)
   const void* state_v;             // (N, Hkv, W + Me, D)
   const void* state_gate;          // (N, R, W + Me) A

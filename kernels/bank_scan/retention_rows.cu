@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 4 : 3) retention_row
   __shared__ SegmentPlan plan;
   __shared__ int source_of[kWarps * kSlotsAtOnce];
   wait_for_stream();
+  let_next_start();
   const int row_blocks = static_cast<int>(p.segments) * p.gate_groups;
   Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
   const RowsMemory work(carver, p);

@@ -169,7 +169,7 @@ inline RetentionScan::RetentionScan(const BankScanForward& p)
 
 // The steps in their order, and what their blocks need where they outgrow shared memory. Each is launched early, but lets the
 // next one start only by its end: blocks that wait crowd on the multiprocessors that are done first, and what they lose there is
-// more than a launch takes.
+// more than a launch takes. The last one lets its follower start, which may have work that does not wait for the scan.
 size_t retention_tokens_workspace(const RetentionScan& p);
 size_t retention_walk_workspace(const RetentionScan& p);
 size_t retention_rows_workspace(const RetentionScan& p);

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "../common/ends.h"
+
 namespace coda::kernels {
 
 // Attention of new tokens over bank snapshots, ring and themselves. A stands for the accumulation type, float or, for kFloat64,
@@ -23,7 +25,7 @@ struct BoundedAttentionParams {
   const void* theta;           // (H, D/2) A, null with one stream
   const void* norm_weight;     // (D) A or null
   const void* gate;            // (T, R) A, logits
-  const int64_t* cu_seqlens;   // (N + 1)
+  SequenceEnds cu_seqlens;     // (N + 1)
   const int64_t* tokens_seen;  // (N)
   const void* state_k;         // (N, Hkv, W + Me, D)
   const void* state_v;         // (N, Hkv, W + Me, D)
@@ -47,6 +49,10 @@ struct BoundedAttentionPrepare : BoundedAttentionParams {
   void* new_kbar;            // out (T, Hkv, D), null where no key turns. Rows that the index does not name stay undefined
   void* new_state_kbar;      // out (N, Hkv, W + Me, D) likewise
   uint32_t* claims;          // out, 0; or null
+  // The kernel in front of this one is the scan's last. All inputs but the index were there before the scan began, and the
+  // outputs are no memory of the scan's: what starts after that kernel has let it may read and write them while the scan still
+  // runs.
+  bool behind_scan;
 };
 
 struct BoundedAttentionForward : BoundedAttentionParams {
@@ -59,8 +65,9 @@ struct BoundedAttentionForward : BoundedAttentionParams {
   // For the sm90 path: how much of the work has been claimed, 0 before; lam and theta are of the storage type.
   uint32_t* claims;
   bool narrow_lam, narrow_theta;
-  // bounded_attention_prepare has been launched with these arguments, and nothing of its outputs but the keys is used. It lets the
-  // next kernel start only when all before it has ended, so a kernel launched early may read everything else at once.
+  // bounded_attention_prepare has been launched with these arguments, and nothing of its outputs but the keys is used. It lets
+  // the next kernel start only when all before the scan has ended, so a kernel launched early may read at once what neither the
+  // scan nor the preparation makes: anything but the index, the summaries and the keys for the bank.
   bool prepared;
 };
 

@@ -2,7 +2,7 @@
 #include "../common/ring.cuh"
 #include "../common/rotation.cuh"
 #include "../common/sequences.cuh"
-#include "launch.h"
+#include "steps.h"
 
 namespace coda::kernels {
 namespace {
@@ -153,6 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(PrepareParams p) {
 }  // namespace
 
 cudaError_t bounded_attention_prepare(const BoundedAttentionPrepare& params, DType dtype, cudaStream_t stream) {
+  if (sm90::prepares_ahead(params, dtype)) return sm90::prepare_ahead(params, dtype, stream);
   const auto blocks = [](const void* from, int64_t count) { return from ? (count + kWidened - 1) / kWidened : 0; };
   PrepareParams p{params, blocks(params.narrow_lam, params.tokens * params.heads),
                   blocks(params.narrow_theta, static_cast<int64_t>(params.heads) * (params.dim / 2)), 1, 0};

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "ends.h"
 
 namespace coda::kernels {
 
@@ -15,7 +16,7 @@ struct BankKeysParams {
   bool interleaved;
   const void* k;               // (T, Hkv, D)
   const void* state_k;         // (N, Hkv, W + Me, D): the ring is turned back, the exact slots are copied
-  const int64_t* cu_seqlens;   // (N + 1)
+  SequenceEnds cu_seqlens;     // (N + 1)
   const int64_t* tokens_seen;  // (N), before these tokens
   const double* inv_freq;      // (D/2)
   void* kbar;                  // out (T, Hkv, D)

@@ -11,6 +11,7 @@ constexpr int kBlockBytes = kThreads * kPackets * kPacketBytes;
 
 __global__ void __launch_bounds__(kThreads) fill_kernel(FillParams p) {
   wait_for_stream();
+  let_next_start();
   const int64_t block = blockIdx.x;
   int i = 0;
   while (i + 1 < p.count && block >= p.piece[i + 1].blocks) ++i;

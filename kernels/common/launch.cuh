@@ -45,7 +45,8 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
 // `launch_early` may start while the one before it in the stream still runs, as soon as each of that one's blocks has called
 // `let_next_start` or ended. So every thread that reads or writes device memory calls `wait_for_stream` first: it returns when all
 // earlier kernels have ended and their writes can be seen. A kernel in such a row calls it in every block, also where it needs
-// nothing, since the next one takes its end for the end of all.
+// nothing, since the next one takes its end for the end of all. Where kernels let the next one start only after their own wait, a
+// kernel that starts knows that all but the one before it have ended; who makes use of that writes down why it holds.
 __device__ inline void wait_for_stream() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "ends.h"
+
 namespace coda::kernels {
 
 // Position of the last token before `end` that ring slot `slot` took; negative if it never took one.
@@ -18,7 +20,7 @@ struct Span {
   int64_t row0;    // its first chunk row (snapshot)
   int64_t chunks;  // chunk rows in use
 
-  __device__ Span(const int64_t* cu_seqlens, const int64_t* tokens_seen, int64_t n, int chunk)
+  __device__ Span(const SequenceEnds& cu_seqlens, const int64_t* tokens_seen, int64_t n, int chunk)
       : token0(cu_seqlens[n]), length(cu_seqlens[n + 1] - token0), first(tokens_seen[n]), row0(token0 / chunk + 2 * n),
         chunks(length > 0 ? (first + length - 1) / chunk - first / chunk + 1 : 0) {}
 

@@ -10,9 +10,34 @@
 #include "dispatch.h"
 
 namespace coda {
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> dispatch::bounded_read(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const at::Tensor& cu_seqlens, at::TensorList state, const std::optional<at::Tensor>& eta_logit, const at::Tensor& inv_freq,
+    CODA_MEMORY_PARAMS, CODA_ATTENTION_PARAMS) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("coda::_bounded_read", "").typed<decltype(dispatch::bounded_read)>();
+  return op.call(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, eta_logit, inv_freq, CODA_MEMORY_ARGS,
+                 CODA_ATTENTION_ARGS);
+}
+
 namespace {
 
 using Result = std::tuple<at::Tensor, std::vector<at::Tensor>>;
+
+Result bounded_read_explicit(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+                             const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight,
+                             const at::Tensor& gate, const at::Tensor& cu_seqlens, at::TensorList state,
+                             const std::optional<at::Tensor>& eta_logit, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
+                             CODA_ATTENTION_PARAMS) {
+  auto [index, summary_k, summary_v, summary_mass, after, source, assignment] =
+      dispatch::bank_scan_forward(k, v, gate, cu_seqlens, state, eta_logit, inv_freq, CODA_MEMORY_ARGS);
+  auto y = std::get<0>(dispatch::bounded_attention_forward(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index,
+                                                           summary_k, summary_v, summary_mass, inv_freq, CODA_MEMORY_ARGS,
+                                                           CODA_ATTENTION_ARGS, /*save=*/false));
+  return {y, after};
+}
 
 // 0, length, 2 length, ...: one launch where the numbers are known; where they are symbols, of which a compiler could not tell how
 // many that gives, two for it to fuse.
@@ -40,8 +65,6 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
   const auto packed_q = pack(q), packed_k = pack(k), packed_v = pack(v);
   const auto packed_gate = pack(gate);
   const auto packed_lam = lam ? std::optional(pack(*lam)) : std::nullopt;
-  const auto ends = dense ? ends_of(q.sym_size(0), q.sym_size(1), q.options().dtype(at::kLong)) : *cu_seqlens;
-
   // Rows [from, to) of the packed batch, into `place` where that is given; `cu` counts from `from`.
   const auto read = [&](const c10::SymInt& from, const c10::SymInt& to, const at::Tensor& cu, at::TensorList before,
                         const at::Tensor& place) -> Result {
@@ -49,6 +72,10 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
     const auto queries = rows(packed_q), keys = rows(packed_k), values = rows(packed_v);
     const auto logits = rows(packed_gate).to(state[2].scalar_type());
     const auto lambdas = packed_lam ? std::optional(rows(*packed_lam)) : std::nullopt;
+    if (!place.defined() && !at::GradMode::is_enabled()) {
+      return dispatch::bounded_read(queries, keys, values, lambdas, theta, norm_weight, logits, cu, before, eta_logit, inv_freq,
+                                    CODA_MEMORY_ARGS, CODA_ATTENTION_ARGS);
+    }
     auto [index, summary_k, summary_v, summary_mass, after] =
         dispatch::bank_scan(keys, values, logits, cu, before, eta_logit, inv_freq, CODA_MEMORY_ARGS);
     if (place.defined()) {
@@ -63,10 +90,14 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
 
   const auto tokens = packed_q.sym_size(0);
   const int64_t cut = (std::min(segment, std::numeric_limits<int64_t>::max() / 2) + chunk - 1) / chunk * chunk;
+  // Of sequences of one length: no kernel has to write where they end.
+  const auto even = at::empty({0}, q.options().dtype(at::kLong));
   if (tokens <= cut) {
-    auto [y, after] = read(0, tokens, ends, state, {});
+    auto [y, after] = read(0, tokens, dense ? even : *cu_seqlens, state, {});
     return {dense ? y.view_symint(q.sym_sizes()) : y, after};
   }
+  const bool alone = dense && q.sym_size(0) == 1;
+  const auto ends = alone ? even : dense ? ends_of(q.sym_size(0), q.sym_size(1), even.options()) : *cu_seqlens;
   const int64_t segments = ((tokens + (cut - 1)) / cut).guard_int(__FILE__, __LINE__);
   // Outputs are joined at the end where autograd has to see it. Elsewhere each is written in its place, and a long input takes
   // no more memory beside its output than a segment.
@@ -75,7 +106,7 @@ Result bounded_forward_composite(const at::Tensor& q, const at::Tensor& k, const
   std::vector<at::Tensor> ys, held = state.vec();
   for (int64_t i = 0; i < segments; ++i) {
     const c10::SymInt from = i * cut, to = i + 1 < segments ? c10::SymInt((i + 1) * cut) : tokens;
-    auto [piece, after] = read(from, to, ends.clamp(i * cut, (i + 1) * cut).sub(i * cut), held,
+    auto [piece, after] = read(from, to, alone ? even : ends.clamp(i * cut, (i + 1) * cut).sub(i * cut), held,
                                joined ? at::Tensor() : y.slice_symint(0, from, to));
     if (joined) ys.push_back(piece);
     held = after;
@@ -100,5 +131,6 @@ std::tuple<at::Tensor, State> bounded_forward(
 }
 
 TORCH_LIBRARY_IMPL(coda, CompositeImplicitAutograd, m) { m.impl("bounded_forward", bounded_forward_composite); }
+TORCH_LIBRARY_IMPL(coda, CompositeExplicitAutograd, m) { m.impl("_bounded_read", bounded_read_explicit); }
 
 }  // namespace coda

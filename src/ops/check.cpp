@@ -108,6 +108,18 @@ void check_cu_seqlens(const char* name, const at::Tensor& cu_seqlens, const at::
   expect_device(name, cu_seqlens, "k", k);
 }
 
+// The sequences of packed tokens: of cu_seqlens, or, where that has size 0, those of the state, all of one length.
+c10::SymInt check_sequences(const at::Tensor& cu_seqlens, const at::Tensor& k, at::TensorList state) {
+  if (cu_seqlens.sym_numel() != 0) {
+    check_cu_seqlens("cu_seqlens", cu_seqlens, k);
+    return cu_seqlens.sym_size(0) - 1;
+  }
+  const auto sequences = State::from_tensors(state).tokens_seen.sym_numel();
+  TORCH_CHECK_VALUE(sequences >= 1 && k.sym_size(0) % sequences == 0, "cu_seqlens is empty, so that all sequences are of one "
+                    "length, but ", k.sym_size(0), " tokens are no multiple of ", sequences, " sequences");
+  return sequences;
+}
+
 void check_memory(const MemoryOptions& m) {
   TORCH_CHECK_VALUE(m.chunk >= 1, "chunk=", m.chunk, " is not supported; it is a number of tokens >= 1");
   TORCH_CHECK_VALUE(m.window >= 1 && m.window % m.chunk == 0, "window=", m.window, " is not supported with chunk=", m.chunk,
@@ -284,8 +296,7 @@ void check_bank_scan(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
                      at::TensorList state, const std::optional<at::Tensor>& eta_logit, const at::Tensor& inv_freq,
                      const MemoryOptions& memory) {
   check_keys(k, v, 3, "packed (T, Hkv, D)");
-  check_cu_seqlens("cu_seqlens", cu_seqlens, k);
-  check_memory_inputs(gate, state, cu_seqlens.sym_size(0) - 1, k, inv_freq, memory);
+  check_memory_inputs(gate, state, check_sequences(cu_seqlens, k, state), k, inv_freq, memory);
   expect_dtype("gate", gate, wide(k));
   check_eta(eta_logit, k, state);
 }
@@ -300,8 +311,7 @@ void check_bounded_attention(const at::Tensor& q, const at::Tensor& k, const at:
   check_queries(q, k);
   check_same_tokens(q, k);
   check_head_parameters(q, lam, theta, norm_weight);
-  check_cu_seqlens("cu_seqlens", cu_seqlens, k);
-  const auto sequences = cu_seqlens.sym_size(0) - 1;
+  const auto sequences = check_sequences(cu_seqlens, k, state);
   check_memory_inputs(gate, state, sequences, k, inv_freq, memory);
   expect_dtype("gate", gate, wide(k));
   const auto held = State::from_tensors(state);

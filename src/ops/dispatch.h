@@ -78,4 +78,11 @@ bounded_attention_backward(const at::Tensor& grad_y, const at::Tensor& q, const 
                            const at::Tensor& inv_freq, const at::Tensor& y, const at::Tensor& o2, const at::Tensor& diff,
                            const at::Tensor& lse, CODA_MEMORY_PARAMS, CODA_ATTENTION_PARAMS);
 
+// bank_scan and bounded_attention, for who asks for no gradient: one after the other with nothing in between.
+std::tuple<at::Tensor, std::vector<at::Tensor>> bounded_read(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const at::Tensor& cu_seqlens, at::TensorList state, const std::optional<at::Tensor>& eta_logit, const at::Tensor& inv_freq,
+    CODA_MEMORY_PARAMS, CODA_ATTENTION_PARAMS);
+
 }  // namespace coda::dispatch

@@ -20,8 +20,9 @@ struct CODA_API Snapshots {
   at::Tensor summary_mass;  // (NC, Ms)
 };
 
-// Runs the memory of every sequence over its new tokens. k (T, Hkv, D) rotated at true positions, v (T, Hkv, D),
-// gate (T, R) logits, cu_seqlens (N + 1), eta_logit (Hkv) where there are summary slots, inv_freq (D/2) float64.
+// Runs the memory of every sequence over its new tokens. k (T, Hkv, D) rotated at true positions, v (T, Hkv, D), gate (T, R)
+// logits, cu_seqlens (N + 1), or (0) where all sequences are of one length, eta_logit (Hkv) where there are summary slots,
+// inv_freq (D/2) float64.
 CODA_API std::tuple<Snapshots, State> bank_scan(const at::Tensor& k, const at::Tensor& v, const at::Tensor& gate,
                                                 const at::Tensor& cu_seqlens, const State& state,
                                                 const std::optional<at::Tensor>& eta_logit, const at::Tensor& inv_freq,

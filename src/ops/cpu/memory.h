@@ -27,6 +27,13 @@ inline std::vector<int64_t> packed_ends(const char* name, const at::Tensor& cu_s
   return ends;
 }
 
+// The same of sequences of one length.
+inline std::vector<int64_t> even_ends(int64_t tokens, int64_t sequences) {
+  std::vector<int64_t> ends(sequences + 1);
+  for (int64_t n = 0; n <= sequences; ++n) ends[n] = n * (tokens / sequences);
+  return ends;
+}
+
 // What a bank slot holds of the key at `position` (semantics 3.7): turned back to position 0, rounded once.
 template <class S>
 void turn_back_row(S* to, const S* from, int64_t dim, int64_t position, const double* inv_freq, Pairs pairs) {
@@ -55,7 +62,7 @@ struct Memory {
         state(contiguous_state(tensors)), tokens(k.size(0)), sequences(state.k.size(0)),
         rows(tokens / options.chunk + 2 * sequences), kv_heads(k.size(1)), dim(k.size(2)), groups(state.gate.size(1)),
         window(options.window), chunk(options.chunk), exact(state.exact_pos.size(2)), summary(state.summary_mass.size(1)),
-        ends(packed_ends("cu_seqlens", cu_seqlens, tokens)),
+        ends(cu_seqlens.numel() > 0 ? packed_ends("cu_seqlens", cu_seqlens, tokens) : even_ends(tokens, sequences)),
         seen(state.tokens_seen.template const_data_ptr<int64_t>(), state.tokens_seen.template const_data_ptr<int64_t>() + sequences) {}
 
   int64_t held() const { return window + exact; }

@@ -1,10 +1,12 @@
 #include <string>
 #include <vector>
 
+#include <coda/ops/bounded.h>
 #include <kernels/bounded_attention/launch.h>
 #include <torch/library.h>
 
 #include "../memory_args.h"
+#include "bank_scan.h"
 #include "launch.h"
 #include "path.h"
 
@@ -54,28 +56,29 @@ at::Tensor wide_place(const std::optional<at::Tensor>& t, const at::Tensor& q, b
   return as_is ? t->contiguous() : at::empty(t->sizes(), wide(q));
 }
 
-// The arguments in the form that kernels take; keeps the tensors alive.
+// The arguments in the form that kernels take; keeps the tensors alive. The snapshots come with `prepare`, so that the scan may
+// be launched in between.
 struct Problem {
   Path path;
   bool as_is;             // the sm90 forward: it takes lam and theta in the type that they have
   bool prepared = false;  // the preparation has been launched
-  at::Tensor q, k, v, lam, theta, norm_weight, gate, cu_seqlens, index, summary_k, summary_v, summary_mass, inv_freq;
-  at::Tensor claims;  // of the sm90 forward
+  at::Tensor q, k, v, lam, theta, norm_weight, gate, cu_seqlens, inv_freq;
+  at::Tensor narrow_lam, narrow_theta;  // those to widen
+  at::Tensor claims;                    // of the sm90 forward
+  Snapshots snapshots;
   State state;
   BankKeys turned;
   kernels::BoundedAttentionParams params{};
 
   Problem(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const std::optional<at::Tensor>& lam_,
           const std::optional<at::Tensor>& theta_, const std::optional<at::Tensor>& norm_weight_, const at::Tensor& gate_,
-          const at::Tensor& cu_seqlens_, at::TensorList state_, const at::Tensor& index_, const at::Tensor& summary_k_,
-          const at::Tensor& summary_v_, const at::Tensor& summary_mass_, const at::Tensor& inv_freq_,
-          const MemoryOptions& memory, const AttentionOptions& attention, bool backward)
+          const at::Tensor& cu_seqlens_, at::TensorList state_, const at::Tensor& inv_freq_, const MemoryOptions& memory,
+          const AttentionOptions& attention, bool backward)
       : path(choose_path(kPathVariable, q_, scale_of(attention, q_.size(-1))).path),
         as_is(path == Path::kSm90 && !backward), q(aligned(q_)), k(aligned(k_)), v(aligned(v_)),
         lam(wide_place(lam_, q_, as_is)), theta(wide_place(theta_, q_, as_is)), norm_weight(widened(norm_weight_, q_)),
-        gate(aligned(gate_)), cu_seqlens(int64(cu_seqlens_)), index(aligned(index_)), summary_k(aligned(summary_k_)),
-        summary_v(aligned(summary_v_)), summary_mass(aligned(summary_mass_)), inv_freq(aligned(inv_freq_)),
-        state(aligned_state(state_)), turned{k, state.k} {
+        gate(aligned(gate_)), cu_seqlens(int64(cu_seqlens_)), inv_freq(aligned(inv_freq_)), state(aligned_state(state_)),
+        turned{k, state.k} {
     auto& p = params;
     p.sequences = state.k.size(0);
     p.tokens = q.size(0);
@@ -105,39 +108,41 @@ struct Problem {
     p.theta = read(theta);
     p.norm_weight = read(norm_weight);
     p.gate = read(gate);
-    p.cu_seqlens = read<int64_t>(cu_seqlens);
+    p.cu_seqlens = sequence_ends(cu_seqlens, p.tokens, p.sequences);
     p.tokens_seen = read<int64_t>(state.tokens_seen);
     p.state_k = read(state.k);
     p.state_v = read(state.v);
     p.state_gate = read(state.gate);
-    p.index = read<int32_t>(index);
-    p.summary_k = read(summary_k);
-    p.summary_v = read(summary_v);
-    p.summary_mass = read(summary_mass);
     p.inv_freq = read<double>(inv_freq);
-    prepare(lam_, theta_);
+    const auto widens = [&](const std::optional<at::Tensor>& t) { return !as_is && is_narrow(t, q); };
+    if (widens(lam_)) narrow_lam = lam_->contiguous();
+    if (widens(theta_)) narrow_theta = theta_->contiguous();
+    if (turns()) turned = {at::empty_like(k), at::empty_like(state.k)};
+    if (as_is) claims = at::empty({1}, q.options().dtype(at::kInt));
     p.kbar = read(turned.fresh);
     p.state_kbar = read(turned.state);
   }
 
-  void prepare(const std::optional<at::Tensor>& lam_, const std::optional<at::Tensor>& theta_) {
+  bool turns() const { return params.has_bank_distance && params.exact_slots > 0; }
+
+  // Takes the snapshots and launches the preparation. behind_scan: see its params.
+  void prepare(const Snapshots& made, bool behind_scan = false) {
+    snapshots = {aligned(made.index), aligned(made.summary_k), aligned(made.summary_v), aligned(made.summary_mass)};
+    params.index = read<int32_t>(snapshots.index);
+    params.summary_k = read(snapshots.summary_k);
+    params.summary_v = read(snapshots.summary_v);
+    params.summary_mass = read(snapshots.summary_mass);
     auto p = with_outputs<kernels::BoundedAttentionPrepare>(params);
-    const auto widens = [&](const std::optional<at::Tensor>& t) { return !as_is && is_narrow(t, q); };
-    const auto narrow_lam = widens(lam_) ? lam_->contiguous() : at::Tensor(),
-               narrow_theta = widens(theta_) ? theta_->contiguous() : at::Tensor();
+    p.behind_scan = behind_scan;
     p.narrow_lam = read(narrow_lam);
     p.narrow_theta = read(narrow_theta);
     if (p.narrow_lam) p.wide_lam = data(lam);
     if (p.narrow_theta) p.wide_theta = data(theta);
-    if (p.has_bank_distance && p.exact_slots > 0) {
-      turned = {at::empty_like(k), at::empty_like(state.k)};
+    if (turns()) {
       p.new_kbar = data(turned.fresh);
       p.new_state_kbar = data(turned.state);
     }
-    if (as_is) {
-      claims = at::empty({1}, q.options().dtype(at::kInt));
-      p.claims = static_cast<uint32_t*>(data(claims));
-    }
+    p.claims = static_cast<uint32_t*>(data(claims));
     prepared = p.new_kbar || p.narrow_lam || p.narrow_theta;
     C10_CUDA_CHECK(kernels::bounded_attention_prepare(p, dtype_of(q), c10::cuda::getCurrentCUDAStream()));
   }
@@ -169,8 +174,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
     CODA_ATTENTION_PARAMS, bool save) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
-                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS, false);
+  Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, inv_freq, CODA_MEMORY_OPTIONS,
+                  CODA_ATTENTION_OPTIONS, false);
+  problem.prepare({index, summary_k, summary_v, summary_mass});
   const auto saved = [&](bool present) {
     return save && present ? at::empty(q.sizes(), q.options()) : at::empty({0}, q.options());
   };
@@ -187,10 +193,33 @@ void forward_into(
     const at::Tensor& summary_v, const at::Tensor& summary_mass, const at::Tensor& inv_freq, CODA_MEMORY_PARAMS,
     CODA_ATTENTION_PARAMS) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
-                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS, false);
+  Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, inv_freq, CODA_MEMORY_OPTIONS,
+                  CODA_ATTENTION_OPTIONS, false);
+  problem.prepare({index, summary_k, summary_v, summary_mass});
   const auto none = at::empty({0}, q.options());
   run_forward(problem, lam, theta, y, none, none, none);
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> scan_and_attend(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& lam,
+    const std::optional<at::Tensor>& theta, const std::optional<at::Tensor>& norm_weight, const at::Tensor& gate,
+    const at::Tensor& cu_seqlens, at::TensorList state, const std::optional<at::Tensor>& eta_logit, const at::Tensor& inv_freq,
+    CODA_MEMORY_PARAMS, CODA_ATTENTION_PARAMS) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, inv_freq, CODA_MEMORY_OPTIONS,
+                  CODA_ATTENTION_OPTIONS, false);
+  const Scan scan(problem.k, problem.v, problem.gate, problem.cu_seqlens, problem.state.tensors(), eta_logit, problem.inv_freq,
+                  CODA_MEMORY_OPTIONS);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  bool copied = false;
+  C10_CUDA_CHECK(kernels::bank_scan_snapshots(scan.params, dtype_of(q), stream, copied));
+  problem.prepare({scan.index, scan.summary_k, scan.summary_v, scan.summary_mass}, /*behind_scan=*/true);
+  const auto y = at::empty(q.sizes(), q.options()), none = at::empty({0}, q.options());
+  run_forward(problem, lam, theta, y, none, none, none);
+  if (!copied) {  // beside the last of the attention
+    C10_CUDA_CHECK(kernels::bank_scan_new_state(scan.params, dtype_of(q), stream, /*behind_attention=*/true));
+  }
+  return {y, scan.made.tensors()};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -202,8 +231,9 @@ backward(const at::Tensor& grad_y, const at::Tensor& q, const at::Tensor& k, con
          const at::Tensor& summary_mass, const at::Tensor& inv_freq, const at::Tensor& y, const at::Tensor& o2,
          const at::Tensor& diff, const at::Tensor& lse_, CODA_MEMORY_PARAMS, CODA_ATTENTION_PARAMS) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, index, summary_k, summary_v, summary_mass,
-                        inv_freq, CODA_MEMORY_OPTIONS, CODA_ATTENTION_OPTIONS, true);
+  Problem problem(q, k, v, lam, theta, norm_weight, gate, cu_seqlens, state, inv_freq, CODA_MEMORY_OPTIONS,
+                  CODA_ATTENTION_OPTIONS, true);
+  problem.prepare({index, summary_k, summary_v, summary_mass});
   const auto out = output_gradient(aligned(grad_y), y.contiguous(), o2.contiguous(), diff.contiguous(), problem.lam,
                                    problem.norm_weight, norm_eps);
   const auto lse = lse_.contiguous(), grad_diff = aligned(out.grad_diff);
@@ -266,6 +296,7 @@ TORCH_LIBRARY_IMPL(coda, CUDA, m) {
   m.impl("bounded_attention_path", path);
   m.impl("_bounded_attention_forward", forward);
   m.impl("_bounded_attention_into_", forward_into);
+  m.impl("_bounded_read", scan_and_attend);
   m.impl("_bounded_attention_backward", backward);
 }
 

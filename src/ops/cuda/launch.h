@@ -53,6 +53,11 @@ const T* read(const at::Tensor& t) {
   return static_cast<const T*>(read(t));
 }
 
+// cu_seqlens (N + 1), int64 and contiguous, or (0) where sequences are of one length.
+inline kernels::SequenceEnds sequence_ends(const at::Tensor& cu_seqlens, int64_t tokens, int64_t sequences) {
+  return {read<int64_t>(cu_seqlens), tokens / sequences};
+}
+
 // Params of one kernel from what an op's kernels share; the rest is zero.
 template <class Params, class Shared>
 Params with_outputs(const Shared& shared) {
@@ -90,7 +95,7 @@ inline BankKeys bank_keys(const at::Tensor& k, const State& state, const at::Ten
   p.interleaved = interleaved(memory.rope_pairs);
   p.k = read(k);
   p.state_k = read(state.k);
-  p.cu_seqlens = read<int64_t>(cu_seqlens);
+  p.cu_seqlens = sequence_ends(cu_seqlens, p.tokens, p.sequences);
   p.tokens_seen = read<int64_t>(state.tokens_seen);
   p.inv_freq = read<double>(inv_freq);
   p.kbar = data(turned.fresh);

@@ -11,12 +11,12 @@ namespace coda::meta {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor> bank_scan_forward(
-    const at::Tensor& k, const at::Tensor& /*v*/, const at::Tensor& /*gate*/, const at::Tensor& cu_seqlens,
+    const at::Tensor& k, const at::Tensor& /*v*/, const at::Tensor& /*gate*/, const at::Tensor& /*cu_seqlens*/,
     at::TensorList state, const std::optional<at::Tensor>& /*eta_logit*/, const at::Tensor& /*inv_freq*/,
     CODA_MEMORY_PARAMS) {
   const auto options = CODA_MEMORY_OPTIONS;
   const auto held = State::from_tensors(state);
-  const auto sequences = cu_seqlens.sym_size(0) - 1, rows = k.sym_size(0) / options.chunk + sequences * 2;
+  const auto sequences = held.k.sym_size(0), rows = k.sym_size(0) / options.chunk + sequences * 2;
   const auto groups = held.gate.sym_size(1), exact = held.exact_pos.sym_size(2), summary = held.summary_mass.sym_size(1);
   const auto int32 = k.options().dtype(at::kInt);
   const auto summary_k = at::empty_symint({rows, k.sym_size(1), summary, k.sym_size(2)}, held.summary_k.options());

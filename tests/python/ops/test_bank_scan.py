@@ -246,6 +246,18 @@ class TestMemory:
         assert_same_memory(held, state, case.config, same_device=True)
 
     @all_configs
+    def test_sequences_of_one_length_need_no_ends(self, device, config):
+        p = Case(config, seen=(11, 0, 4), fresh=(13, 13, 13)).make().to(device)
+        (snapshots, state), ends = p.scan(), p.cu_seqlens
+        p = dataclasses.replace(p, cu_seqlens=ends[:0])
+        again, memory = p.scan()
+        for a, b in zip((*snapshots, *state.tensors()), (*again, *memory.tensors())):
+            assert torch.equal(a, b)
+        assert torch.equal(p.attend(again), dataclasses.replace(p, cu_seqlens=ends).attend(snapshots))
+        with pytest.raises(ValueError, match="38 tokens are no multiple of 3 sequences"):
+            dataclasses.replace(p, k=p.k[:38], v=p.v[:38], gate=p.gate[:38]).scan()
+
+    @all_configs
     def test_arguments_stay_as_they_were_and_share_nothing_with_the_results(self, device, config):
         p = Case(config).make().to(device)
         before = p.map(torch.clone)

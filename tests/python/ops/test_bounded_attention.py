@@ -325,6 +325,12 @@ class TestRegistration:
         torch.library.opcheck(torch.ops.coda.bounded_forward.default, args, p.attention_options() | dict(segment=segment))
 
     @all_configs
+    def test_opcheck_of_reading(self, device, config):
+        p = Case(config).make().to(device)
+        args = (p.q, p.k, p.v, p.lam, p.theta, p.norm_weight, p.gate, p.cu_seqlens, p.state.tensors(), p.eta_logit, p.inv_freq)
+        torch.library.opcheck(torch.ops.coda._bounded_read.default, args, p.attention_options())
+
+    @all_configs
     def test_compile(self, device, config):
         attend, p = compiled(F.bounded_attention), Case(config).make().to(device)
         (y, state), (expected, memory) = p.call(attend), p.call()

@@ -49,7 +49,9 @@ BOTH = {"default": Case(SHORT, Shape(8, 2, 128), seen=(70, 0, 200, 31), fresh=(1
         "paper": Case(SHORT_PAPER, Shape(4, 2, 128), seen=(70, 0, 200, 63), fresh=(100, 0, 65, 210)),
         # 57 slots: what a sequence holds begins at no multiple of 16 bytes.
         "odd slots, D 64": Case(dataclasses.replace(SHORT, window=48, chunk=16, exact_slots=9), Shape(8, 2, 64), seen=(70, 0, 200, 31),
-                                fresh=(100, 0, 65, 210))}
+                                fresh=(100, 0, 65, 210)),
+        "interleaved, shared gates": Case(dataclasses.replace(SHORT, rope_pairs="interleaved", theta_pairs="interleaved", gates="shared"),
+                                          Shape(8, 2, 128), seen=(70, 0, 200, 31), fresh=(100, 0, 65, 210))}
 both = pytest.mark.parametrize("case", BOTH.values(), ids=BOTH)
 
 
