@@ -18,4 +18,8 @@ Banks banks_served(const BankScanParams& params, DType dtype);
 size_t scan_banks_workspace(const BankScanParams& params, Banks banks);
 cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, cudaStream_t stream);
 
+// The retention scan of few tokens, any shape and storage type.
+bool serves(const BankScanForward& params, DType dtype);
+cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStream_t stream);
+
 }  // namespace coda::kernels::sm90
