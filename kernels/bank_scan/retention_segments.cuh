@@ -51,7 +51,6 @@ struct RetentionScan : BankScanForward {
 struct SequencePlan {
   int number;       // n
   int token0;       // its first token, over all sequences
-  int length;       // its new tokens
   int row0;         // its first chunk row
   int chunks;       // chunk rows in use
   int ring_slot;    // of the first new token
@@ -67,11 +66,11 @@ struct SequencePlan {
     plan.number = n;
     plan.token0 = static_cast<int>(p.cu_seqlens[n]);
     plan.row0 = p.by_chunk.quotient(plan.token0) + 2 * n;
-    plan.length = static_cast<int>(p.cu_seqlens[n + 1]) - plan.token0;
+    const int length = static_cast<int>(p.cu_seqlens[n + 1]) - plan.token0;
     plan.first = p.tokens_seen[n];
     const int64_t chunk = p.by_chunk.quotient(plan.first);
     const int within = static_cast<int>(plan.first - chunk * p.chunk);
-    plan.chunks = plan.length > 0 ? p.by_chunk.quotient(within + plan.length - 1) + 1 : 0;
+    plan.chunks = length > 0 ? p.by_chunk.quotient(within + length - 1) + 1 : 0;
     plan.ring_slot = static_cast<int>(plan.first - p.by_window.quotient(plan.first) * p.window);
     const int64_t begins = (chunk + (within > 0)) * p.chunk - p.window;
     plan.evicted = begins > 0 ? begins : 0;

@@ -63,13 +63,8 @@ __device__ inline void send(uint32_t to, uint4 x, uint32_t barrier) {
 }
 // Arrives on another block's barrier, and announces bytes that are on their way to that block.
 __device__ inline void arrive_expect_remote(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// What another block holds.
-__device__ inline uint64_t load_remote(uint32_t from) {
-  uint64_t x;
-  asm volatile("ld.shared::cluster.b64 %0, [%1];" : "=l"(x) : "r"(from) : "memory");
-  return x;
+  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 // Many bytes at once to another block (compute-sanitizer accepts no other), both ends at multiples of 16; this thread's writes to
 // `from` lie before a fence_async_proxy.

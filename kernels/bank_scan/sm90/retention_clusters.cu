@@ -2,23 +2,20 @@
 #include "cluster.cuh"
 #include "steps.h"
 
-// The retention scan of few tokens in one launch: a cluster for each sequence and gate group, whose blocks share the chunks in which
-// something leaves the ring (README.md). Identities are those of retention_segments.cuh; chunks are counted from the first of those.
+// The retention scan of few tokens in one launch: a cluster for each sequence and gate group, whose blocks share the chunks in
+// which something leaves the ring (README.md). Identities are those of retention_segments.cuh; chunks are counted from the first
+// of those.
 namespace coda::kernels::sm90 {
-#ifdef SCAN_DEV
-int dev_mode = 0;
-#endif
 namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 576, kWarps = kThreads / kWarp, kBeginThreads = 512;
+constexpr int kThreads = 576, kWarps = kThreads / kWarp;
 constexpr int kBlocks = kClusterBlocks;
 constexpr int kLists = kBlocks / 2, kHalf = kWarp / 2;  // two lanes share an entry: half of the blocks each
 constexpr int kAtOnce = kThreads / 2;                   // entries
-constexpr int64_t kMostTokens = 4096;
-constexpr int kMostSteps = 1024;  // of the searches in lists and halves of a bank
-constexpr int kCountBits = 24;  // of a sequence's arrivals; above them, how many groups have counted
+constexpr int64_t kMostTokens = 2048;                   // more gain nothing (README.md)
+constexpr int kCountBits = 24;                          // of a sequence's arrivals; above them, how many groups have counted
 
 // Where another block finds what is in a slot: by the chunk and number of the arrival, or by the slot of the carried bank.
 struct Held {
@@ -30,23 +27,24 @@ struct CarriedEntry {
   int64_t order;  // decides between equal keys
 };
 
-// Shared memory of a block. Other blocks write what is marked by a star, at the same places of their own, and it is there once the
-// barrier of that name is complete. Keys of 64 bits travel behind: nearly always 32 of them decide.
+// Shared memory of a block. Other blocks write what is marked by a star, at the same places of their own, and it is there once
+// the barrier of that name is complete. Keys of 64 bits travel behind: nearly always 32 of them decide.
 struct Memory {
   uint64_t *codes, *sets, *keys, *stays;  // barriers
-  uint32_t* code;          // * codes (kBlocks, stride) each block's tokens in descending order, zeros behind them
-  uint32_t* carried_code;  // * codes (2, carried_stride) the carried bank likewise, in two halves
-  int2* come;              // * sets (kBlocks, most_chunks, words) of 32 places each: which the chunks up to this one bring, and how
-                           //   many in the words before
-  uint64_t* key;           // * keys (kBlocks, most_tokens)
-  int* link;               // * stays (kBlocks, most_tokens) whose slot arrival k of chunk b takes, at b C + k: so written if that
-                           //   is an arrival too, or -1 - slot
-  Held* held;              // * stays (capacity) the bank before the block's first chunk, by rank
-  Held* last;              // * stays (share) that after the last chunk, from rank `share` times the block's number on
-  int* arrived;            // * stays (kBlocks)
-  CarriedEntry* entry;     // (capacity) by slot
-  int* at_first;           // (exact_slots) sources of what the slots hold at first
-  CarriedEntry* mine;      // (share) the block's part of `entry`, with ranks for orders
+  uint32_t* code;                         // * codes (kBlocks, stride) each block's tokens in descending order, zeros behind them
+  uint32_t* carried_code;                 // * codes (2, carried_stride) the carried bank likewise, in two halves
+  int2* come;     // * sets (kBlocks, most_chunks, words) of 32 places each: which the chunks up to this one bring, and how
+                  //   many in the words before
+  uint64_t* key;  // * keys (kBlocks, most_tokens)
+  uint64_t* carried_key;  // * keys (capacity)
+  int* link;              // * stays (kBlocks, most_tokens) whose slot arrival k of chunk b takes, at b C + k: so written if that
+                          //   is an arrival too, or -1 - slot
+  Held* held;             // * stays (capacity) the bank before the block's first chunk, by rank
+  Held* last;             // * stays (share) that after the last chunk, from rank `share` times the block's number on
+  int* arrived;           // * stays (kBlocks)
+  CarriedEntry* entry;    // (capacity) by slot
+  int* at_first;          // (exact_slots) sources of what the slots hold at first
+  CarriedEntry* mine;     // (share) the block's part of `entry`, with ranks for orders
   uint32_t *raw_code, *run_code;  // (most_tokens) as they come, and in order within each 32
   uint64_t *raw_key, *run_key;
   int *run_token, *token;  // (most_tokens)
@@ -55,14 +53,14 @@ struct Memory {
   int16_t* number;         // (most_tokens) by place: of the arrival
   unsigned* arrives;       // (words) bits by position
   int32_t* strip;          // (most_chunks, exact_slots)
+  double* inv_freq;        // (D/2)
 };
 
 struct RetentionClusters : RetentionScan {
   int most_chunks, most_tokens;  // of a block, the tokens with what fills up the last 32
   int stride, words, carried_stride;
   int share;  // slots of a block, sinks among them
-  int ring_parts;  // blocks that copy the ring and the sinks of a KV head
-  int gate_bytes;
+  int ring;   // blocks that copy the ring
   Divisor by_slots;
   Memory memory;  // offsets
   size_t shared;
@@ -79,8 +77,7 @@ struct RetentionClusters : RetentionScan {
     words = (most_tokens / kWarp + 1) / 2 * 2;
     carried_stride = next_power((capacity + 1) / 2) + 4;
     share = (exact_slots + kBlocks - 1) / kBlocks;
-    ring_parts = (window + num_sinks + kWarps - 1) / kWarps;
-    gate_bytes = 0;
+    ring = static_cast<int>(ring_parts(*this, kWarps, copied));
     const int entries = most_tokens + share;
     Carver carver(nullptr);
     memory.codes = carver.take<uint64_t>(1);
@@ -89,9 +86,9 @@ struct RetentionClusters : RetentionScan {
     memory.stays = carver.take<uint64_t>(1);
     memory.code = carver.take<uint32_t>(kBlocks * stride);
     memory.carried_code = carver.take<uint32_t>(2 * carried_stride);
-    memory.arrives = carver.take<unsigned>(words + 1);
     memory.come = carver.take<int2>(kBlocks * most_chunks * words);
     memory.key = carver.take<uint64_t>(kBlocks * most_tokens);
+    memory.carried_key = carver.take<uint64_t>(capacity);
     memory.link = carver.take<int>(kBlocks * most_tokens);
     memory.held = carver.take<Held>(capacity);
     memory.last = carver.take<Held>(share);
@@ -108,16 +105,12 @@ struct RetentionClusters : RetentionScan {
     memory.rank = carver.take<short4>(entries * 2);
     memory.stay = carver.take<short2>(entries);
     memory.number = carver.take<int16_t>(most_tokens);
+    memory.arrives = carver.take<unsigned>(words + 1);
     memory.strip = carver.take<int32_t>(most_chunks * exact_slots);
+    memory.inv_freq = carver.take<double>(dim / 2);
     shared = carver.used();
   }
 };
-
-__device__ inline uint32_t load_word(uint32_t shared) {
-  uint32_t word;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(shared));
-  return word;
-}
 
 // The leading 32 bits' worth of a key, in the same order but for equal ones.
 __device__ inline uint32_t code_of(double key) {
@@ -142,7 +135,6 @@ struct GroupScan {
   int group, block;
   int lead, evicting;          // chunk rows before the first chunk that evicts, and those from there on
   int chunks, tokens, padded;  // of a block, as in RetentionClusters
-  int top;                     // the power of two above
   int begin, used;             // of this one
 
   __device__ GroupScan(const RetentionClusters& params, unsigned char* memory, const SequencePlan& plan, int g)
@@ -152,13 +144,12 @@ struct GroupScan {
     chunks = max((evicting + kBlocks - 1) / kBlocks, 1);
     tokens = chunks * p.chunk;
     padded = (tokens + kWarp - 1) / kWarp * kWarp;
-    top = 1 << (32 - __clz(padded));
     begin = block * chunks;
     used = min(max(evicting - begin, 0), chunks);
   }
 
   template <class X>
-  __device__ X* at(X* Memory::* array) const {
+  __device__ X* at(X* Memory::*array) const {
     return reinterpret_cast<X*>(shared + reinterpret_cast<size_t>(p.memory.*array));
   }
   __device__ int64_t state() const { return sequence.state_row(p, group); }
@@ -166,12 +157,19 @@ struct GroupScan {
   __device__ bool offered(int c) const { return c < used * p.chunk && position(c) >= p.num_sinks; }
   __device__ A logit(int c) const {
     const int fresh = static_cast<int>(position(c) - sequence.first);
-    const A* from = fresh < 0 ? static_cast<const A*>(p.state_gate) + state() * (p.window + p.exact_slots) +
-                                    sequence.source_of(p, position(c))
-                              : static_cast<const A*>(p.gate) + static_cast<int64_t>(sequence.token0 + fresh) * p.gate_groups + group;
+    const A* from =
+        fresh < 0
+            ? static_cast<const A*>(p.state_gate) + state() * (p.window + p.exact_slots) + sequence.source_of(p, position(c))
+            : static_cast<const A*>(p.gate) + static_cast<int64_t>(sequence.token0 + fresh) * p.gate_groups + group;
     return *from;
   }
   __device__ int2* come(int owner, int b) const { return at(&Memory::come) + (owner * p.most_chunks + b) * p.words; }
+  // How many of the first `place` tokens of a list have come when chunk b of its block reads the banks.
+  __device__ int below(int owner, int b, int place) const {
+    const int bit = max(place - 1, 0);
+    const int2 word = come(owner, b)[bit / kWarp];
+    return place > 0 ? word.y + __popc(word.x & kAllLanes >> (kWarp - 1 - bit % kWarp)) : 0;
+  }
   // Arrivals of the chunk of token c before it.
   __device__ int number_of(int c, int from) const {
     const unsigned* arrives = at(&Memory::arrives);
@@ -214,12 +212,16 @@ struct GroupScan {
       rank = __reduce_add_sync(kAllLanes, rank);
       const int half = rank >= (p.capacity + 1) / 2, to = lane_id() % kBlocks;
       uint32_t* code = at(&Memory::carried_code) + half * (p.carried_stride - (p.capacity + 1) / 2) + rank;
+      uint64_t* key = at(&Memory::carried_key) + rank;
       const uint32_t mine_code = mine.key == kFreeSlot ? kFreeCode : code_of(key_of(mine.key));
       if (lane_id() >= kBlocks) continue;
       if (to != block) {
         send(remote_address(code, to), mine_code, remote_address(at(&Memory::codes), to));
+        send(remote_address(key, to), static_cast<uint32_t>(mine.key), static_cast<uint32_t>(mine.key >> 32),
+             remote_address(at(&Memory::keys), to));
       } else {
         *code = mine_code;
+        *key = mine.key;
         at(&Memory::mine)[i] = {mine.key, rank};
       }
     }
@@ -230,6 +232,7 @@ struct GroupScan {
 #pragma unroll 1
     for (int rank = threadIdx.x; rank < p.capacity; rank += kThreads) {
       at(&Memory::carried_code)[rank < first ? rank : p.carried_stride + rank - first] = kFreeCode;
+      at(&Memory::carried_key)[rank] = kFreeSlot;
       if (rank < carried()) at(&Memory::mine)[rank] = {kFreeSlot, p.capacity - 1 - (block * p.share + rank)};
     }
   }
@@ -281,27 +284,28 @@ struct GroupScan {
       int rank = half == 0 ? i % kWarp : 0;
 #pragma unroll 1
       for (int r = 0; r < runs; r += kBlocks) {
-        const uint32_t* from[kLists];
+        int above[kLists], from[kLists];
 #pragma unroll
-        for (int l = 0; l < kLists; ++l) from[l] = run_code + min(r + half * kLists + l, runs - 1) * kWarp;
+        for (int l = 0; l < kLists; ++l) {
+          above[l] = 0;
+          from[l] = min(r + half * kLists + l, runs - 1) * kWarp;
+        }
 #pragma unroll
         for (int step = kWarp / 2; step > 0; step /= 2) {
 #pragma unroll
-          for (int l = 0; l < kLists; ++l) {
-            if (from[l][step - 1] > mine) from[l] += step;
-          }
+          for (int l = 0; l < kLists; ++l) above[l] += run_code[from[l] + above[l] + step - 1] > mine ? step : 0;
         }
 #pragma unroll
         for (int l = 0; l < kLists; ++l) {
           const int run = r + half * kLists + l;
-          const uint32_t next = *from[l];
-          int above = static_cast<int>(from[l] - run_code) - run * kWarp + (next > mine);
+          const uint32_t next = run_code[from[l] + above[l]];
+          above[l] += next > mine;
           if (run >= runs || run == i / kWarp) {
-            above = 0;
+            above[l] = 0;
           } else if (next == mine) {
-            above = count_exactly(run_key + run * kWarp, kWarp, key - (run > i / kWarp));
+            above[l] = count_exactly(run_key + from[l], kWarp, key - (run > i / kWarp));
           }
-          rank += above;
+          rank += above[l];
         }
       }
       rank += __shfl_xor_sync(kAllLanes, rank, kHalf);
@@ -355,8 +359,8 @@ struct GroupScan {
     }
   }
 
-  // A code below which no token of the block comes in: of k lists before its own, each has the capacity's k-th part of better ones;
-  // and so has the carried bank. One warp.
+  // A code below which no token of the block comes in: of k lists before its own, each has the capacity's k-th part of better
+  // ones; and so has the carried bank. One warp.
   __device__ uint32_t least_entering() const {
     if (p.capacity == 0) return kAllLanes;
     const int half = (p.capacity + 1) / 2;
@@ -367,17 +371,11 @@ struct GroupScan {
     return max(carried, __reduce_min_sync(kAllLanes, mine));
   }
 
-  // How many of a list's keys are above `least`, where that many codes are greater and the next is equal.
-  __device__ int resolve(const uint64_t* keys, int greater, bool several, uint64_t least) const {
-    wait(at(&Memory::keys), 0);
-    return several ? count_exactly(keys, padded, least) : greater + (keys[greater] > least);
-  }
-
   // Finds when each of the block's tokens and of its share of the carried bank leaves.
   __device__ void find_stays() const {
     const uint32_t *code = at(&Memory::code), *carried_code = at(&Memory::carried_code);
     const int entries = tokens + carried(), half = lane_id() / kHalf;
-    const int carried_top = p.carried_stride - 4;
+    const int top = 1 << (32 - __clz(padded)), carried_top = p.carried_stride - 4;
     const uint32_t least_code = least_entering();
 #pragma unroll 1
     for (int base = 0; base + warp_id() * kHalf < entries; base += kAtOnce) {
@@ -389,78 +387,70 @@ struct GroupScan {
         continue;
       }
       const uint64_t key = is_token ? at(&Memory::key)[block * p.most_tokens + e] : valid ? at(&Memory::mine)[i].key : 0;
-      const uint32_t mine = is_token ? code[block * p.stride + e] : key == kFreeSlot ? kFreeCode : valid ? code_of(key_of(key)) : kAllLanes;
-      uint32_t from[kLists], better = shared_address(carried_code + half * p.carried_stride);
+      const uint32_t mine = is_token           ? code[block * p.stride + e]
+                            : key == kFreeSlot ? kFreeCode
+                            : valid            ? code_of(key_of(key))
+                                               : kAllLanes;
+      int from[kLists], better = half * p.carried_stride;
 #pragma unroll
-      for (int l = 0; l < kLists; ++l) from[l] = shared_address(code + (half * kLists + l) * p.stride);
-#pragma unroll
-      for (int step = kMostSteps; step > 0; step /= 2) {  // offsets that the code holds
+      for (int l = 0; l < kLists; ++l) from[l] = (half * kLists + l) * p.stride;
+#pragma unroll 1
+      for (int step = max(top, carried_top) / 2; step > 0; step /= 2) {
         if (step < top) {
-          uint32_t at_step[kLists];
 #pragma unroll
-          for (int l = 0; l < kLists; ++l) at_step[l] = load_word(from[l] + (step - 1) * 4);
-#pragma unroll
-          for (int l = 0; l < kLists; ++l) from[l] += at_step[l] > mine ? step * 4 : 0;
+          for (int l = 0; l < kLists; ++l) from[l] += code[from[l] + step - 1] > mine ? step : 0;
         }
-        if (step < carried_top) better += load_word(better + (step - 1) * 4) > mine ? step * 4 : 0;
+        if (step < carried_top) better += carried_code[better + step - 1] > mine ? step : 0;
       }
       // Between equal keys the later token is the better one.
-      int above[kLists];
-      uint32_t next[kLists];
-#pragma unroll
-      for (int l = 0; l < kLists; ++l) next[l] = load_word(from[l]);
-      const bool tie = is_token && key > kFreeSlot && load_word(better) == mine;
+      int above[kLists], other[kLists];
 #pragma unroll
       for (int l = 0; l < kLists; ++l) {
         const int list = half * kLists + l;
-        above[l] = static_cast<int>(from[l] - shared_address(code + list * p.stride)) / 4;
-        if (next[l] == mine && list != own && key > kFreeSlot) {
-          above[l] = resolve(at(&Memory::key) + list * p.most_tokens, above[l], load_word(from[l] + 4) == mine, key - (list > own));
+        above[l] = from[l] - list * p.stride;
+        if (list == own) {
+          above[l] = e;
+        } else if (code[from[l]] == mine && key > kFreeSlot) {
+          wait(at(&Memory::keys), 0);
+          const uint64_t* keys = at(&Memory::key) + list * p.most_tokens;
+          const uint64_t next = keys[above[l]], least = key - (list > own);
+          if (code[from[l] + 1] != mine) {
+            above[l] += next > least;
+          } else {
+            above[l] = count_exactly(keys, padded, least);
+          }
         }
-        if (list == own) above[l] = e;
       }
-      int outranked = static_cast<int>(better - shared_address(carried_code + half * p.carried_stride)) / 4;
-      if (__shfl_xor_sync(kAllLanes, static_cast<int>(tie), kHalf) | tie) {
-        outranked = 0;
-#pragma unroll 1
-        for (int j = half; j < p.capacity; j += 2) outranked += at(&Memory::entry)[j].key > key;
+      better -= half * p.carried_stride;
+      if (is_token && key > kFreeSlot && carried_code[half * p.carried_stride + better] == mine) {
+        wait(at(&Memory::keys), 0);
+        const int first = half * ((p.capacity + 1) / 2);
+        better = count_exactly(at(&Memory::carried_key) + first, half == 0 ? (p.capacity + 1) / 2 : p.capacity / 2, key);
       }
-      // Of the blocks in their order, this half's: the one in whose chunks it leaves, its rank before them, and its place among
-      // their tokens.
-      int sum = outranked + __shfl_xor_sync(kAllLanes, outranked, kHalf);
-      if (!is_token) sum = valid ? static_cast<int>(at(&Memory::mine)[i].order) : p.capacity;
-      int all = above[0] + above[1] + above[2] + above[3];
-      all = __shfl_xor_sync(kAllLanes, all, kHalf);
-      if (half == 1) sum += all;
-      int in = -1, before = 0, place = 0, ranks[kLists];
 #pragma unroll
-      for (int l = 0; l < kLists; ++l) {
-        const int s = half * kLists + l;
-        if (s >= own && in < 0 && sum + above[l] >= p.capacity) {
-          in = s;
-          before = sum;
-          place = above[l];
-        }
-        ranks[l] = min(sum += above[l], p.capacity);
-      }
-      const int other_in = __shfl_xor_sync(kAllLanes, in, kHalf), other_before = __shfl_xor_sync(kAllLanes, before, kHalf),
-                other_place = __shfl_xor_sync(kAllLanes, place, kHalf);
-      if (half == 0 ? in < 0 : other_in >= 0) {
-        in = other_in;
-        before = other_before;
-        place = other_place;
+      for (int l = 0; l < kLists; ++l) other[l] = __shfl_xor_sync(kAllLanes, above[l], kHalf);
+      better += __shfl_xor_sync(kAllLanes, better, kHalf);
+      int sum = is_token ? better : valid ? static_cast<int>(at(&Memory::mine)[i].order) : p.capacity;
+      int in = -1, before = 0,
+          place = 0;  // the block in whose chunks it leaves, its rank before them, its place among their tokens
+      int ranks[kLists];
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        const int mine_of = (s < kLists) == (half == 0) ? above[s % kLists] : other[s % kLists];
+        const bool here = s >= own && in < 0 && sum + mine_of >= p.capacity;
+        in = here ? s : in;
+        before = here ? sum : before;
+        place = here ? mine_of : place;
+        sum += mine_of;
+        if ((s < kLists) == (half == 0)) ranks[s % kLists] = min(sum, p.capacity);
       }
       // It leaves in the first of that block's chunks in which the bank is full with better ones.
       int low = 0, last = before;
       wait(at(&Memory::sets), 0);
       if (in >= 0) {
-        const int bit = max(place - 1, 0);
-        const unsigned mask = place > 0 ? kAllLanes >> (kWarp - 1 - bit % kWarp) : 0;
-        const int2* word = come(in, half) + bit / kWarp;
-#pragma unroll 2
-        for (int b = half; b < chunks; b += 2, word += 2 * p.words) {
-          const int2 two = *word;
-          const int rank = before + (place > 0 ? two.y : 0) + __popc(two.x & mask);
+#pragma unroll 4
+        for (int b = half; b < chunks; b += 2) {
+          const int rank = before + below(in, b, place);
           low += rank < p.capacity;
           last = rank < p.capacity ? max(last, rank) : last;
         }
@@ -471,7 +461,10 @@ struct GroupScan {
       const int c = is_token ? at(&Memory::token)[e] : 0, born = p.by_chunk.quotient(c);
       const bool enters = !is_token || (in != own || (low > born && before < p.capacity));
       if (half == 0) {
-        at(&Memory::stay)[e] = {static_cast<short>(!enters ? -1 : in < 0 ? evicting : in * chunks + low), static_cast<short>(last)};
+        at(&Memory::stay)[e] = {static_cast<short>(!enters  ? -1
+                                                   : in < 0 ? evicting
+                                                            : in * chunks + low),
+                                static_cast<short>(last)};
         if (is_token && enters) atomicOr(at(&Memory::arrives) + c / kWarp, 1u << c % kWarp);
       }
       at(&Memory::rank)[2 * e + half] = make_short4(static_cast<short>(ranks[0]), static_cast<short>(ranks[1]),
@@ -520,7 +513,7 @@ struct GroupScan {
              remote_address(barrier, to));
       }
       if (!leaves && source >= 0) {  // who copies it will find it near
-        const T* row = row_of(half == 0 ? p.state_k : p.state_v, half == 0 ? p.k : p.v, source, group);
+        const T* row = row_of(half == 0 ? p.state_k : p.state_v, half == 0 ? p.k : p.v, source, p.gate_groups == 1 ? 0 : group);
 #pragma unroll 1
         for (int d = 0; d < p.dim; d += 128 / static_cast<int>(sizeof(T))) fetch_line(row + d);
       }
@@ -548,12 +541,15 @@ struct GroupScan {
   __device__ int sink_source(int j, int64_t end) const {
     return j >= sequence.evicted && j < end ? sequence.source_of(p, j) : at(&Memory::at_first)[j];
   }
-  // What the strip holds beside entries.
-  __device__ void write_sinks() const {
+  // The strip before entries come in: the sinks are there.
+  __device__ void clear_strip() const {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < used * p.num_sinks; i += kThreads) {
-      const int b = i / p.num_sinks, j = i - b * p.num_sinks;
-      at(&Memory::strip)[b * p.exact_slots + j] = sink_source(j, sequence.evicted + (begin + b + 1) * p.chunk);
+    for (int b = warp_id(); b < used; b += kWarps) {
+#pragma unroll 1
+      for (int j = lane_id(); j < p.exact_slots; j += kWarp) {
+        at(&Memory::strip)[b * p.exact_slots + j] =
+            j < p.num_sinks ? sink_source(j, sequence.evicted + (begin + b + 1) * p.chunk) : kAsBefore;
+      }
     }
   }
   // The rows of the block's chunks.
@@ -573,163 +569,104 @@ struct GroupScan {
     __syncthreads();
     strip -= p.num_sinks;
 #pragma unroll 1
-    for (int j = threadIdx.x; j < p.exact_slots; j += kThreads) {
-      int held = -1;
-      int32_t* to = index_row(lead + begin) + j;
-#pragma unroll 4
-      for (int b = 0; b < used; ++b, to += p.gate_groups * p.exact_slots) {
-        const int now = strip[b * p.exact_slots + j];
-        *to = held = now == kAsBefore ? held : now;
-      }
+    for (int x = threadIdx.x; x < used * p.exact_slots; x += kThreads) {
+      int source = strip[x];
+#pragma unroll 1
+      for (int before = x; source == kAsBefore;) source = strip[before -= p.exact_slots];
+      const int b = p.by_slots.quotient(x);
+      index_row(lead + begin + b)[x - b * p.exact_slots] = source;
     }
+  }
+
+  // Copies what stays into the exact slots of the new state: of the bank the block's share, by rank; of the sinks, which are
+  // known from the first, one in kBlocks, by the last warp.
+  __device__ void write_exact_slots(bool bank) const {
+    const int heads = p.gate_groups == 1 ? p.kv_heads : 1;
+    const int count = (bank ? carried() : p.num_sinks > block ? (p.num_sinks - block + kBlocks - 1) / kBlocks : 0) * heads;
+    if (!bank && warp_id() < kWarps - 1) return;
+#pragma unroll 1
+    for (int task = bank ? warp_id() : 0; task < count; task += bank ? kWarps : 1) {
+      const int i = heads == 1 ? task : task / heads, head = heads == 1 ? group : task - i * heads;
+      int slot = block + i * kBlocks, source;
+      if (bank) {
+        const Held held = at(&Memory::last)[i];
+        source = held.source;
+        slot = p.num_sinks + slot_of(held.code);
+      } else {
+        source = sink_source(slot, sequence.last_end(p));
+      }
+      const int ahead = source - p.window - p.exact_slots, back = sequence.ring_slot - source;
+      int64_t position = sequence.first + ahead;
+      if (source < p.window) {
+        position = source < 0 ? -1 : sequence.first - (back > 0 ? back : back + p.window);
+      } else if (ahead < 0) {
+        position = p.exact_pos[state() * p.exact_slots + source - p.window];
+      }
+      copy_slot(head, slot, source, position);
+      if (lane_id() > 0 || (heads > 1 && head > 0)) continue;
+      p.source[state() * p.exact_slots + slot] = source;
+      p.new_exact_pos[state() * p.exact_slots + slot] = position;
+    }
+  }
+  // As copy_slots, all loads first.
+  __device__ void copy_slot(int head, int slot, int source, int64_t position) const {
+    const int held = p.window + p.exact_slots, dim = p.dim, from = source < 0 ? p.window + slot : source;
+    const int64_t state_rows = (static_cast<int64_t>(sequence.number) * p.kv_heads + head) * held;
+    const bool fresh = from >= held, turned = p.has_bank_distance && (from < p.window || fresh);
+    const T *key = row_of(p.state_k, p.k, from, head), *value = row_of(p.state_v, p.v, from, head);
+    const int64_t new_row = (state_rows + p.window + slot) * dim;
+    T *new_key = static_cast<T*>(p.new_k) + new_row, *new_value = static_cast<T*>(p.new_v) + new_row;
+    constexpr int kElements = 16 / sizeof(T);
+    const int packets = p.wide ? dim / kElements : 0, lane = lane_id();
+    uint4 packet{};
+    if (lane < packets) packet = reinterpret_cast<const uint4*>(value)[lane];
+    const int gate_group = p.gate_groups == 1 ? 0 : head;
+    const bool gate = lane == 0 && head == gate_group;
+    const int64_t gates = state() * held;
+    A logit{};
+    if (gate) {
+      logit = fresh ? static_cast<const A*>(p.gate)[static_cast<int64_t>(sequence.token0 + from - held) * p.gate_groups + group]
+                    : static_cast<const A*>(p.state_gate)[gates + from];
+    }
+#pragma unroll 1
+    for (int i = lane; i < dim / 2; i += 2 * kWarp) {
+      const int other = i + kWarp < dim / 2 ? i + kWarp : i;
+      const int a0 = first_of_pair(i, p.rope_interleaved), b0 = second_of_pair(i, dim, p.rope_interleaved);
+      const int a1 = first_of_pair(other, p.rope_interleaved), b1 = second_of_pair(other, dim, p.rope_interleaved);
+      T ka = key[a0], kb = key[b0], la = key[a1], lb = key[b1];
+      if (turned) {
+        const auto first = rope_angle<A>(-position, at(&Memory::inv_freq)[i]);
+        const auto second = rope_angle<A>(-position, at(&Memory::inv_freq)[other]);
+        A a = widen(ka), b = widen(kb);
+        turn_pair(a, b, first);
+        ka = narrow<T>(a);
+        kb = narrow<T>(b);
+        a = widen(la), b = widen(lb);
+        turn_pair(a, b, second);
+        la = narrow<T>(a);
+        lb = narrow<T>(b);
+      }
+      new_key[a0] = ka;
+      new_key[b0] = kb;
+      new_key[a1] = la;
+      new_key[b1] = lb;
+    }
+    if (lane < packets) reinterpret_cast<uint4*>(new_value)[lane] = packet;
+#pragma unroll 1
+    for (int i = lane + kWarp; i < packets; i += kWarp) {
+      reinterpret_cast<uint4*>(new_value)[i] = reinterpret_cast<const uint4*>(value)[i];
+    }
+#pragma unroll 1
+    for (int i = lane; i < (p.wide ? 0 : dim); i += kWarp) new_value[i] = value[i];
+    if (gate) static_cast<A*>(p.new_gate)[gates + p.window + slot] = logit;
   }
 };
 
-// What one slot of one KV head holds in the new state, a token turned back where it comes into the bank. All loads first: find_slot()
-// may take its time, where the slot is not that of `from`. Returns it. One warp.
-template <class T, class FindSlot>
-__device__ inline int copy_slot(const RetentionClusters& p, const SequencePlan& sequence, int head, int from, bool bank,
-                                int64_t position, FindSlot find_slot) {
-  using A = acc_t<T>;
-  constexpr int kPairs = 2;  // of a lane at once
-  const int held = p.window + p.exact_slots, dim = p.dim, lane = lane_id();
-  const int64_t state_rows = (static_cast<int64_t>(sequence.number) * p.kv_heads + head) * held;
-  const int64_t gates = sequence.state_row(p, head) * held, token = sequence.token0 + from - held;
-  const bool fresh = from >= held, turned = bank && p.has_bank_distance && (from < p.window || fresh);
-  const int64_t row = (fresh ? token * p.kv_heads + head : state_rows + from) * dim;
-  const T* key = static_cast<const T*>(fresh ? p.k : p.state_k) + row;
-  const T* value = static_cast<const T*>(fresh ? p.v : p.state_v) + row;
-  const int packets = p.wide ? dim * static_cast<int>(sizeof(T)) / 16 : 0;
-  uint4 packet{};
-  if (lane < packets) packet = reinterpret_cast<const uint4*>(value)[lane];
-  T first[kPairs], second[kPairs];
-  const auto load_pairs = [&](int base) {
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      const int i = min(base + k * kWarp, dim / 2 - 1);
-      first[k] = key[first_of_pair(i, p.rope_interleaved)];
-      second[k] = key[second_of_pair(i, dim, p.rope_interleaved)];
-    }
-  };
-  load_pairs(lane);
-  A logit{};
-  if (lane == 0) {
-    logit = fresh ? static_cast<const A*>(p.gate)[token * p.gate_groups + head] : static_cast<const A*>(p.state_gate)[gates + from];
-  }
-  const int slot = find_slot();
-  T* new_key = static_cast<T*>(p.new_k) + (state_rows + slot) * dim;
-  T* new_value = static_cast<T*>(p.new_v) + (state_rows + slot) * dim;
-#pragma unroll 1
-  for (int base = lane; base < dim / 2; base += kPairs * kWarp) {
-    if (base > lane) load_pairs(base);
-    if (turned) {
-      Angle<A> by[kPairs];
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) by[k] = rope_angle<A>(-position, p.inv_freq[min(base + k * kWarp, dim / 2 - 1)]);
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        A a = widen(first[k]), b = widen(second[k]);
-        turn_pair(a, b, by[k]);
-        first[k] = narrow<T>(a);
-        second[k] = narrow<T>(b);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      const int i = base + k * kWarp;
-      if (i >= dim / 2) break;
-      new_key[first_of_pair(i, p.rope_interleaved)] = first[k];
-      new_key[second_of_pair(i, dim, p.rope_interleaved)] = second[k];
-    }
-  }
-  if (lane < packets) reinterpret_cast<uint4*>(new_value)[lane] = packet;
-#pragma unroll 1
-  for (int i = lane + kWarp; i < packets; i += kWarp) {
-    reinterpret_cast<uint4*>(new_value)[i] = reinterpret_cast<const uint4*>(value)[i];
-  }
-#pragma unroll 1
-  for (int i = lane; i < (p.wide ? 0 : dim); i += kWarp) new_value[i] = value[i];
-  if (lane == 0) static_cast<A*>(p.new_gate)[gates + slot] = logit;
-  return slot;
-}
-
-// What no other block writes, before anything is known.
-__device__ inline void clear_memory(const RetentionClusters& p, unsigned char* shared) {
-  const auto at = [&](auto* offset) { return reinterpret_cast<decltype(offset)>(shared + reinterpret_cast<size_t>(offset)); };
-  const int mine = threadIdx.x, first = (p.capacity + 1) / 2;
-#pragma unroll 1
-  for (int i = mine; i <= p.words; i += kThreads) at(p.memory.arrives)[i] = 0;
-#pragma unroll 1
-  for (int i = mine; i < p.carried_stride; i += kThreads) {
-    if (i >= first) at(p.memory.carried_code)[i] = 0;
-    if (i >= p.capacity / 2) at(p.memory.carried_code)[p.carried_stride + i] = 0;
-  }
-#pragma unroll 1
-  for (int i = mine; i < p.most_chunks * p.exact_slots; i += kThreads) at(p.memory.strip)[i] = kAsBefore;
-}
-
-// Of one sequence and gate group, all that its cluster does but for the copies.
+// From the stays of a block's own entries to the rows of its chunks.
 template <class T>
-__device__ inline void scan_group(const GroupScan<T>& scan, int64_t first_position, acc_t<T> first_gate) {
-  using A = acc_t<T>;
+__device__ inline void hand_over(const GroupScan<T>& scan) {
   const RetentionClusters& p = scan.p;
-  const auto& sequence = scan.sequence;
-  const int slots = p.exact_slots, sinks = p.num_sinks, mine = threadIdx.x;
-  const int64_t* positions = p.exact_pos + scan.state() * slots;
-  const A* gates = static_cast<const A*>(p.state_gate) + scan.state() * (p.window + slots) + p.window;
-  const A first_logit = mine < scan.tokens && scan.offered(mine) ? scan.logit(mine) : A(0);
-  bool holds = false;  // anything beside the sinks
-#pragma unroll 1
-  for (int j = mine; j < slots; j += kThreads) {
-    const int64_t position = j == mine ? first_position : positions[j];
-    const A gate = j == mine ? first_gate : gates[j];
-    scan.at(&Memory::at_first)[j] = position < 0 ? -1 : p.window + j;
-    // Arrivals take the slots of the last ranks: free ones fill in ascending order.
-    if (j >= sinks) {
-      holds |= position >= 0;
-      scan.at(&Memory::entry)[j - sinks] =
-          position < 0 ? CarriedEntry{kFreeSlot, j} : CarriedEntry{ordered_key(retention_key(gate, p.age_decay, position)), position};
-    }
-  }
-  cluster_wait();
-  const bool carries = __syncthreads_or(holds);
-  if (mine == 0) {
-    const int others = (kBlocks - 1) * scan.padded, carried = carries ? p.capacity - scan.carried() : 0;
-    arrive_expect(scan.at(&Memory::codes), ((kBlocks - 1) * scan.top + carried) * 4);
-    arrive_expect(scan.at(&Memory::sets), (kBlocks - 1) * scan.chunks * ((scan.padded / kWarp + 1) / 2) * 16);
-    arrive_expect(scan.at(&Memory::keys), others * 8);
-    arrive_expect(scan.at(&Memory::stays), (p.capacity + scan.carried()) * 8 + (scan.block == 0 ? kBlocks * 4 : 0));
-  }
-  if (carries) {
-    scan.rank_carried();
-  } else {
-    scan.rank_free();
-  }
-#pragma unroll 1
-  for (int c = mine; c < scan.top; c += kThreads) {
-    uint64_t key = c < scan.tokens ? kNotOffered : 0;
-    uint32_t code = c < scan.tokens ? kNotOfferedCode + c : c - scan.tokens;
-    if (scan.offered(c)) {
-      const double exact = retention_key(c == mine ? first_logit : scan.logit(c), p.age_decay, scan.position(c));
-      key = ordered_key(exact);
-      code = code_of(exact);
-    }
-    if (c >= scan.padded) {
-      scan.at(&Memory::code)[scan.block * p.stride + c] = 0;
-      continue;
-    }
-    scan.at(&Memory::raw_key)[c] = key;
-    scan.at(&Memory::raw_code)[c] = code;
-  }
-  scan.sort();
-  scan.send_all(scan.at(&Memory::code) + scan.block * p.stride, scan.top / 4, scan.at(&Memory::codes), kWarps - kBlocks + 1);
-  scan.send_sets();
-  scan.send_all(scan.at(&Memory::key) + scan.block * p.most_tokens, scan.padded / 2, scan.at(&Memory::keys), kWarps - kBlocks + 1);
-  scan.write_sinks();
-  scan.write_idle_rows();
-  __syncthreads();
-  wait(scan.at(&Memory::codes), 0);
-  scan.find_stays();
+  const int mine = threadIdx.x;
   __syncthreads();
   scan.send_stays();
   if (mine < kWarp) {
@@ -741,34 +678,124 @@ __device__ inline void scan_group(const GroupScan<T>& scan, int64_t first_positi
            remote_address(scan.at(&Memory::stays), 0));
     }
   }
+  scan.clear_strip();
+  scan.write_idle_rows();
   __syncthreads();
   wait(scan.at(&Memory::stays), 0);
   scan.write_rows();
 }
 
-// The arrivals of a sequence: the last of its groups to get here knows those of all. One thread.
 template <class T>
-__device__ inline void count_arrivals(const GroupScan<T>& scan) {
-  const RetentionClusters& p = scan.p;
-  const int64_t pinned = min(scan.sequence.last_end(p), static_cast<int64_t>(p.num_sinks)) - scan.sequence.evicted;
-  int count = pinned > 0 ? static_cast<int>(pinned) : 0;
-  for (int i = 0; i < kBlocks; ++i) count += scan.at(&Memory::arrived)[i];
-  if (p.gate_groups > 1) {
-    const int before = atomicAdd(p.arrived + scan.sequence.number, count + (1 << kCountBits));
-    count += before & ((1 << kCountBits) - 1);
-    if (before >> kCountBits < p.gate_groups - 1) return;
+__device__ inline void scan_group(const RetentionClusters& p, int number, unsigned char* shared) {
+  using A = acc_t<T>;
+  const int n = p.gate_groups == 1 ? number : number / p.gate_groups, group = number - n * p.gate_groups;
+  const int slots = p.exact_slots, sinks = p.num_sinks, mine = threadIdx.x;
+  // All at once: what the slots hold, frequencies, and where the sequence stands.
+  const int64_t* positions = p.exact_pos + static_cast<int64_t>(number) * slots;
+  const A* gates = static_cast<const A*>(p.state_gate) + static_cast<int64_t>(number) * (p.window + slots) + p.window;
+  const int64_t first_position = mine < slots ? positions[mine] : -1;
+  const A first_gate = mine < slots ? gates[mine] : A(0);
+  const double first_frequency = mine < p.dim / 2 && p.has_bank_distance ? p.inv_freq[mine] : 0.0;
+  const auto sequence = SequencePlan::of(p, n);
+  const GroupScan<T> scan(p, shared, sequence, group);
+  const A first_logit = mine < scan.tokens && scan.offered(mine) ? scan.logit(mine) : A(0);
+  bool held = false;  // anything beside the sinks
+#pragma unroll 1
+  for (int j = mine; j < slots; j += kThreads) {
+    const int64_t position = j == mine ? first_position : positions[j];
+    const A gate = j == mine ? first_gate : gates[j];
+    scan.at(&Memory::at_first)[j] = position < 0 ? -1 : p.window + j;
+    // Arrivals take the slots of the last ranks: free ones fill in ascending order.
+    if (j >= sinks) {
+      held |= position >= 0;
+      scan.at(&Memory::entry)[j - sinks] = position < 0
+                                               ? CarriedEntry{kFreeSlot, j}
+                                               : CarriedEntry{ordered_key(retention_key(gate, p.age_decay, position)), position};
+    }
   }
-  write_counts(p, scan.sequence.number, count, 0);
+#pragma unroll 1
+  for (int i = mine; i <= p.words; i += kThreads) scan.at(&Memory::arrives)[i] = 0;
+#pragma unroll 1
+  for (int l = warp_id(); l < kBlocks; l += kWarps) {
+#pragma unroll 1
+    for (int i = scan.padded + lane_id(); i < p.stride; i += kWarp) scan.at(&Memory::code)[l * p.stride + i] = 0;
+  }
+#pragma unroll 1
+  for (int i = mine; i < 2 * p.carried_stride; i += kThreads) {
+    const int in = i < p.carried_stride ? i : i - p.carried_stride,
+              end = i < p.carried_stride ? (p.capacity + 1) / 2 : p.capacity / 2;
+    if (in >= end) scan.at(&Memory::carried_code)[i] = 0;
+  }
+#pragma unroll 1
+  for (int i = mine; i < (p.has_bank_distance ? p.dim / 2 : 0); i += kThreads) {
+    scan.at(&Memory::inv_freq)[i] = i == mine ? first_frequency : p.inv_freq[i];
+  }
+  cluster_wait();
+  const bool carries = __syncthreads_or(held);
+  if (mine == 0) {
+    const int others = (kBlocks - 1) * scan.padded, carried = carries ? p.capacity - scan.carried() : 0;
+    arrive_expect(scan.at(&Memory::codes), (others + carried) * 4);
+    arrive_expect(scan.at(&Memory::sets), (kBlocks - 1) * scan.chunks * ((scan.padded / kWarp + 1) / 2) * 16);
+    arrive_expect(scan.at(&Memory::keys), (others + carried) * 8);
+    arrive_expect(scan.at(&Memory::stays), (p.capacity + scan.carried()) * 8 + (scan.block == 0 ? kBlocks * 4 : 0));
+  }
+  if (carries) {
+    scan.rank_carried();
+  } else {
+    scan.rank_free();
+  }
+#pragma unroll 1
+  for (int c = mine; c < scan.padded; c += kThreads) {
+    uint64_t key = c < scan.tokens ? kNotOffered : 0;
+    uint32_t code = c < scan.tokens ? kNotOfferedCode + c : c - scan.tokens;
+    if (scan.offered(c)) {
+      const double exact = retention_key(c == mine ? first_logit : scan.logit(c), p.age_decay, scan.position(c));
+      key = ordered_key(exact);
+      code = code_of(exact);
+    }
+    scan.at(&Memory::raw_key)[c] = key;
+    scan.at(&Memory::raw_code)[c] = code;
+  }
+  scan.sort();
+  scan.send_all(scan.at(&Memory::code) + scan.block * p.stride, scan.padded / 4, scan.at(&Memory::codes), kWarps - kBlocks + 1);
+  scan.send_sets();
+  scan.send_all(scan.at(&Memory::key) + scan.block * p.most_tokens, scan.padded / 2, scan.at(&Memory::keys),
+                kWarps - kBlocks + 1);
+  __syncthreads();
+  wait(scan.at(&Memory::codes), 0);
+  // Twice, so that the code of the copies has been fetched when all wait for it.
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {
+    if (turn > 0) hand_over(scan);
+    scan.write_exact_slots(turn > 0);
+    if (turn == 0) scan.find_stays();
+  }
+  wait(scan.at(&Memory::keys), 0);
+  if (scan.block == 0 && mine == 0) {
+    const int64_t pinned = min(sequence.last_end(p), static_cast<int64_t>(sinks)) - sequence.evicted;
+    int count = pinned > 0 ? static_cast<int>(pinned) : 0;
+    for (int i = 0; i < kBlocks; ++i) count += scan.at(&Memory::arrived)[i];
+    if (p.gate_groups > 1) {
+      const int before = atomicAdd(p.arrived + n, count + (1 << kCountBits));
+      count += before & ((1 << kCountBits) - 1);
+      if (before >> kCountBits < p.gate_groups - 1) return;
+    }
+    write_counts(p, n, count, 0);
+  }
 }
 
-// The first blocks scan, and then copy what is in the bank into the new state; the others copy the ring and the sinks.
+// The first blocks scan, the others copy the ring into the new state.
 template <class T>
 __global__ void __launch_bounds__(kThreads) retention_clusters_kernel(RetentionClusters p) {
   extern __shared__ __align__(16) unsigned char shared[];
-  using A = acc_t<T>;
   const int scans = static_cast<int>(p.sequences) * p.gate_groups * kBlocks, block = static_cast<int>(blockIdx.x);
-  const bool scanning = block < scans;
-  if (scanning && threadIdx.x == 0) {
+  if (block >= scans) {
+    wait_for_stream();
+    let_next_start();
+    if (block - scans < p.ring) copy_ring_part<T>(p, block - scans, p.copied, p.wide);
+    return;
+  }
+  if (threadIdx.x == 0) {
     const auto barrier = [&](uint64_t* offset) { return reinterpret_cast<uint64_t*>(shared + reinterpret_cast<size_t>(offset)); };
     init_barrier(barrier(p.memory.codes), 1);
     init_barrier(barrier(p.memory.sets), 1);
@@ -776,83 +803,30 @@ __global__ void __launch_bounds__(kThreads) retention_clusters_kernel(RetentionC
     init_barrier(barrier(p.memory.stays), kBlocks * kWarps + 1);
     fence_barrier_init();
   }
-  if (scanning) clear_memory(p, shared);
   cluster_arrive_relaxed();
+  // Memory that others may still write comes no nearer than the cache that all share.
+  const int line = 128 * (block * kThreads + static_cast<int>(threadIdx.x));
+  if (line < static_cast<int>(p.tokens) * p.gate_groups * static_cast<int>(sizeof(acc_t<T>))) {
+    fetch_line(static_cast<const char*>(p.gate) + line);
+  }
   wait_for_stream();
   let_next_start();
-  int number, part = 0;  // of the sequence and gate group
-  if (scanning) {
-    number = block / kBlocks;
-  } else {
-    number = (block - scans) / p.ring_parts;
-    part = block - scans - number * p.ring_parts;
-    if (number >= scans / kBlocks) return;
-  }
-  const int n = number / p.gate_groups, group = number - n * p.gate_groups, slots = p.exact_slots;
-  // Both at once: what a slot holds and where the sequence stands.
-  const int64_t state = number;
-  const bool mine = scanning && static_cast<int>(threadIdx.x) < slots;
-  const int64_t first_position = mine ? p.exact_pos[state * slots + threadIdx.x] : -1;
-  const A first_gate = mine ? static_cast<const A*>(p.state_gate)[state * (p.window + slots) + p.window + threadIdx.x] : A(0);
-  const auto sequence = SequencePlan::of(p, n);
-  const GroupScan<T> scan(p, shared, sequence, group);
-  if (scanning) scan_group(scan, first_position, first_gate);
-
-  const int count = scanning ? scan.carried() : min(p.window + p.num_sinks - part * kWarps, kWarps);
-#pragma unroll 1
-  for (int task = warp_id(); task < count; task += kWarps) {
-    const Held held = scanning ? scan.at(&Memory::last)[task] : Held{};
-    const auto find_slot = [&] { return scanning ? p.window + p.num_sinks + scan.slot_of(held.code) : part * kWarps + task; };
-    int source = held.source;
-    if (!scanning) {
-      const int slot = find_slot();
-      const int ahead = slot - sequence.ring_slot + (slot < sequence.ring_slot ? p.window : 0), rest = sequence.length - 1 - ahead;
-      if (slot >= p.window) {
-        source = sequence.sink_source(p, group, slot - p.window, sequence.last_end(p));
-      } else {
-        source = rest < 0 ? slot : p.window + slots + ahead + p.by_window.quotient(rest) * p.window;
-      }
-    }
-    const bool bank = scanning || part * kWarps + task >= p.window;
-    int64_t position = -1;
-    if (bank && source >= 0) {
-      const int ahead = source - p.window - slots, back = sequence.ring_slot - source;
-      position = ahead >= 0 ? sequence.first + ahead
-                 : source >= p.window ? p.exact_pos[state * slots + source - p.window]
-                                      : sequence.first - (back > 0 ? back : back + p.window);
-    }
-    const int slot = copy_slot<T>(p, sequence, group, source < 0 ? find_slot() : source, bank, position, find_slot);
-    if (lane_id() > 0) continue;
-    if (slot == 0 && group == 0) p.new_tokens_seen[n] = sequence.first + sequence.length;
-    if (bank) {
-      p.source[state * slots + slot - p.window] = source;
-      p.new_exact_pos[state * slots + slot - p.window] = position;
-    }
-  }
-  if (!scanning || threadIdx.x > 0) return;
-  wait(scan.at(&Memory::keys), 0);
-  if (scan.block == 0) count_arrivals(scan);
+  scan_group<T>(p, block / kBlocks, shared);
 }
 
-// Before it: nothing has been counted. Brings what the scan reads first into the cache that all share; others may still write it.
-__global__ void __launch_bounds__(kBeginThreads) retention_begin_kernel(RetentionClusters p) {
-  const auto fetch = [&](const void* from, size_t bytes) {
-    for (size_t i = 128 * threadIdx.x; i < bytes; i += 128 * kBeginThreads) fetch_line(static_cast<const char*>(from) + i);
-  };
-  const size_t states = p.sequences * p.gate_groups;
-  fetch(p.cu_seqlens, (p.sequences + 1) * sizeof(int64_t));
-  fetch(p.tokens_seen, p.sequences * sizeof(int64_t));
-  fetch(p.gate, p.tokens * p.gate_groups * p.gate_bytes);
-  fetch(p.exact_pos, states * p.exact_slots * sizeof(int64_t));
-  fetch(p.state_gate, states * (p.window + p.exact_slots) * p.gate_bytes);
-  wait_for_stream();
+// Before it: nothing has been counted.
+__global__ void retention_begin_kernel(RetentionClusters p) {
   let_next_start();
-  for (int n = threadIdx.x; n < p.sequences; n += kBeginThreads) p.arrived[n] = 0;
+  wait_for_stream();
+  for (int n = threadIdx.x; n < p.sequences; n += blockDim.x) p.arrived[n] = 0;
 }
+
+// Blocks of clusters for the ring.
+int64_t ring_clusters(const RetentionClusters& p) { return (p.ring + kBlocks - 1) / kBlocks; }
 
 template <class T>
 bool fit(const RetentionClusters& p) {
-  return p.tokens <= kMostTokens && p.gate_groups == p.kv_heads && p.shared <= kClusterShared && std::max(p.stride, p.carried_stride) <= 2 * kMostSteps + 4 &&
+  return p.tokens <= kMostTokens && p.gate_groups == p.kv_heads && p.shared <= kClusterShared &&
          clusters_fit(retention_clusters_kernel<T>, p.sequences * p.gate_groups, kBlocks, kThreads, p.shared);
 }
 
@@ -868,17 +842,12 @@ cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStrea
   return dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     p.wide = wide_rows<T>(p);
-    p.gate_bytes = sizeof(acc_t<T>);
-#ifdef SCAN_DEV
-    if (dev_mode != 2)
-#endif
     if (p.gate_groups > 1) {
-      const auto status = launch_early(retention_begin_kernel, dim3(1), kBeginThreads, 0, stream, p);
+      const auto status = launch_early(retention_begin_kernel, dim3(1), kWarp, 0, stream, p);
       if (status != cudaSuccess) return status;
     }
-    const int64_t ring = p.sequences * p.gate_groups * p.ring_parts;
-    return launch_clusters(retention_clusters_kernel<T>, p.sequences * p.gate_groups + (ring + kBlocks - 1) / kBlocks, kBlocks,
-                           kThreads, p.shared, stream, p);
+    return launch_clusters(retention_clusters_kernel<T>, p.sequences * p.gate_groups + ring_clusters(p), kBlocks, kThreads,
+                           p.shared, stream, p);
   });
 }
 
