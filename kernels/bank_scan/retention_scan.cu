@@ -1,4 +1,5 @@
 #include "retention_segments.cuh"
+#include "sm90/steps.h"
 #include "steps.h"
 
 namespace coda::kernels {
@@ -12,6 +13,7 @@ size_t retention_scan_workspace(const BankScanParams& params) {
 }
 
 cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStream_t stream) {
+  if (device_capability() == 90 && sm90::serves(params, dtype)) return sm90::retention_scan(params, dtype, stream);
   const RetentionScan scan(params);
   cudaError_t status = retention_tokens(scan, dtype, stream);
   if (status == cudaSuccess) status = retention_walk(scan, dtype, stream);

@@ -19,6 +19,7 @@ struct Divisor {
   __device__ int quotient(int x) const { return static_cast<int>((__umulhi(x, factor) + x) >> shift); }
   // From 0 on, below 2^52: the product is off by one at most.
   __device__ int64_t quotient(int64_t x) const {
+    if (x >> 31 == 0) return quotient(static_cast<int>(x));
     const auto near = static_cast<int64_t>(static_cast<double>(x) * inverse);
     const int64_t rest = x - near * by;
     return near + (rest >= by) - (rest < 0);

@@ -29,6 +29,12 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Where no memory is handed over but what fence_barrier_init has made visible: the full one waits until all writes have arrived.
+__device__ inline void cluster_arrive_relaxed() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 // The address, in the shared memory of block `rank`, of what lies at `local` in this one's.
 __device__ inline uint32_t remote_address(const void* local, int rank) {
   uint32_t address;
@@ -53,6 +59,11 @@ __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
 __device__ inline void send(uint32_t to, uint4 x, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+               : "memory");
+}
+// Arrives on another block's barrier, and announces bytes that are on their way to that block.
+__device__ inline void arrive_expect_remote(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 // Many bytes at once to another block (compute-sanitizer accepts no other), both ends at multiples of 16; this thread's writes to
