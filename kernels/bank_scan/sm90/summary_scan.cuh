@@ -12,11 +12,11 @@ namespace coda::kernels::sm90 {
 // of two 16-bit numbers, off by 2^-18 of their norm, candidates as they are. Of the D / 16 accumulations of the high parts, 8 for
 // D 128, each of 17 addends, none is off by more than 17 units in the last place, 2^-23, even where the tensor cores cut every
 // addend, and those of the low parts are less by 2^-8. Norms, quotients and fixed order itself add 2^-18.6: 2.25e-5 together. In
-// two sums, which are at most the products of the norms of their shares of the elements, the first part is half as much: 1.45e-5.
+// two sums, each at most the product of the norms of its share of the elements, the accumulations add half as much: 1.45e-5.
 constexpr float kMargin(int sums) { return sums == 1 ? 0x1.8p-15f : 0x1p-15f; }
 
-// One block of a cluster that walks the chunks of one sequence. Half a warp keeps a slot in registers. What others wait for, values
-// and who goes where, comes first; keys and snapshots follow while scores travel.
+// One block of a cluster that walks the chunks of one sequence. Half a warp keeps a slot in registers. What others wait for,
+// values and who goes where, comes first; keys and snapshots follow while scores travel.
 template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
