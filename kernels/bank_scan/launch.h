@@ -8,8 +8,8 @@
 namespace coda::kernels {
 
 size_t bank_scan_workspace(const BankScanParams& params, DType dtype);
-// What starts after a kernel of the scan, also before that has ended, finds all that was there before the scan: its first kernel
-// lets the next one start only after its own wait (launch_early).
+// What starts early behind the scan, before it has ended, finds all that was there before the scan: its last kernel lets the next
+// one start only when that has ended (launch_early).
 cudaError_t bank_scan_forward(const BankScanForward& params, DType dtype, cudaStream_t stream);
 // The same in two parts. Where the first has not `copied` what the new state holds as well, the second does so later in the
 // stream, the workspace still untouched; behind the attention, what starts knows that the scan has ended, and waits for nothing
