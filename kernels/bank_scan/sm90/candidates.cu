@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) list_candidates_kernel(ListCa
 }  // namespace
 
 cudaError_t list_candidates(const BankScan& scan, DType dtype, int clusters, int blocks, cudaStream_t stream) {
-  ListCandidates p{scan};
+  ListCandidates p{scan, 0, 0, false, 0};
   p.beside = clusters * blocks >= p.lists.parts;
   p.strip = static_cast<int>(p.beside ? clusters * blocks / p.lists.parts : p.chunk_rows);
   p.strips = static_cast<int>(p.beside ? p.sequences : 1);
