@@ -37,6 +37,7 @@ __device__ inline void turn_leaving(const AheadParams& p, unsigned char* shared,
   if (begin < p.window || begin >= first + length || begin < first) return;
   const int64_t leaves = begin - p.window + split * p.tokens;
   const int rows = min(p.tokens, p.chunk - split * p.tokens) * p.kv_heads, row_bytes = p.dim * static_cast<int>(sizeof(T));
+  if (rows <= 0) return;  // a chunk of fewer tokens than blocks
   // Of a row of keys and of where it goes.
   const auto place_of = [&](int r, const void* fresh, const void* carried) {
     const int token = p.by_heads.quotient(r), head = r - token * p.kv_heads, ahead = static_cast<int>(leaves - first) + token;
