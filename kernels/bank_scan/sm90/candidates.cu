@@ -230,8 +230,8 @@ __device__ void list_part(const BankScan& p, ListShared& work, int row, int part
   if (threadIdx.x == 0) store_release(p.lists.flag(row, part), 1);
 }
 
-// A block makes one part of every strip-th row of each sequence, in the order in which a scan beside it wants them: the first one of
-// all sequences first. `strips` is 1 where all rows count as those of one.
+// A block makes one part of every strip-th row of each sequence, in the order in which a scan beside it wants them: the first one
+// of all sequences first. `strips` is 1 where all rows count as those of one.
 template <class T, int kParts>
 __global__ void __launch_bounds__(kMostThreads, 1) list_candidates_kernel(ListCandidates p) {
   extern __shared__ __align__(16) unsigned char shared[];

@@ -83,8 +83,8 @@ __device__ inline uint32_t load_acquire(const uint32_t* from) {
 // Between what was written or will be read as usual and what the copy engine does.
 __device__ inline void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// The scan starts when all blocks that write lists have waited for the stream; it need not wait itself once it has loaded what one
-// of them stored since.
+// The scan starts when all blocks that write lists have waited for the stream; it need not wait itself once it has loaded what
+// one of them stored since.
 __device__ inline void follow_lists(const CandidateLists& lists) {
   if (lane_id() == 0) load_acquire(lists.flag(0, 0));
   __syncwarp();
@@ -126,8 +126,8 @@ struct ListGate {
   }
 };
 
-// Launched before the scan, which starts beside it if `clusters` is not 0. Then lists are made by so many clusters of `blocks` blocks,
-// as large as those of the scan, so that these find room: single blocks would lie everywhere.
+// Launched before the scan, which starts beside it if `clusters` is not 0. Then lists are made by so many clusters of `blocks`
+// blocks, as large as those of the scan, so that these find room: single blocks would lie everywhere.
 cudaError_t list_candidates(const BankScan& params, DType dtype, int clusters, int blocks, cudaStream_t stream);
 
 // Kernels of the scan with two blocks a head, a cluster for each sequence. The exact bank's is launched after the summaries' and
