@@ -13,7 +13,7 @@ size_t retention_scan_workspace(const BankScanParams& params) {
 }
 
 cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStream_t stream) {
-  if (device_capability() == 90 && sm90::serves(params, dtype)) return sm90::retention_scan(params, dtype, stream);
+  if (device_capability() == 90 && sm90::retention_served(params, dtype)) return sm90::retention_scan(params, dtype, stream);
   const RetentionScan scan(params);
   cudaError_t status = retention_tokens(scan, dtype, stream);
   if (status == cudaSuccess) status = retention_walk(scan, dtype, stream);

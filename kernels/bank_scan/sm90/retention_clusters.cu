@@ -182,7 +182,7 @@ bool fit(const RetentionClusters& p) {
 
 }  // namespace
 
-bool serves(const BankScanForward& params, DType dtype) {
+bool retention_served(const BankScanForward& params, DType dtype) {
   const RetentionClusters p(params);
   return dispatch(dtype, [&](auto zero) { return fit<decltype(zero)>(p) ? cudaSuccess : cudaErrorNotSupported; }) == cudaSuccess;
 }

@@ -19,8 +19,8 @@ size_t scan_banks_workspace(const BankScanParams& params, Banks banks);
 // Sets `copied` where it writes the new state as well, and leaves it else.
 cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, bool& copied, cudaStream_t stream);
 
-// The retention scan of few tokens, any shape and storage type.
-bool serves(const BankScanForward& params, DType dtype);
+// The retention scan of few tokens, any storage type; `retention_served` says which shapes.
+bool retention_served(const BankScanForward& params, DType dtype);
 cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStream_t stream);
 
 }  // namespace coda::kernels::sm90
