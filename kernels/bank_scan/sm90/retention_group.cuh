@@ -6,7 +6,7 @@ namespace coda::kernels::sm90::retention {
 
 using namespace hopper;
 
-// One block of the cluster that scans one gate group of a sequence.
+// One block of the cluster that scans one gate group of a sequence, which is one KV head's (`retention_served`).
 template <class T>
 struct GroupScan {
   using A = acc_t<T>;
@@ -69,12 +69,12 @@ struct GroupScan {
     while (code >= 0) code = link[code];
     return -1 - code;
   }
-  __device__ const T* row_of(const void* state_rows, const void* fresh_rows, int source, int head) const {
+  // Of the KV head that the group is of.
+  __device__ const T* row_of(const void* state_rows, const void* fresh_rows, int source) const {
     const int held = p.window + p.exact_slots;
-    return source < held ? static_cast<const T*>(state_rows) +
-                               ((static_cast<int64_t>(sequence.number) * p.kv_heads + head) * held + source) * p.dim
+    return source < held ? static_cast<const T*>(state_rows) + (state() * held + source) * p.dim
                          : static_cast<const T*>(fresh_rows) +
-                               (static_cast<int64_t>(sequence.token0 + source - held) * p.kv_heads + head) * p.dim;
+                               (static_cast<int64_t>(sequence.token0 + source - held) * p.kv_heads + group) * p.dim;
   }
   __device__ int carried() const { return min(max(p.capacity - block * p.share, 0), p.share); }  // entries of the block
 
@@ -394,7 +394,7 @@ struct GroupScan {
              remote_address(barrier, to));
       }
       if (!leaves && source >= 0) {  // who copies it will find it near
-        const T* row = row_of(half == 0 ? p.state_k : p.state_v, half == 0 ? p.k : p.v, source, p.gate_groups == 1 ? 0 : group);
+        const T* row = row_of(half == 0 ? p.state_k : p.state_v, half == 0 ? p.k : p.v, source);
 #pragma unroll 1
         for (int d = 0; d < p.dim; d += 128 / static_cast<int>(sizeof(T))) fetch_line(row + d);
       }
@@ -462,12 +462,10 @@ struct GroupScan {
   // Copies what stays into the exact slots of the new state: of the bank the block's share, by rank; of the sinks, which are
   // known from the first, one in kBlocks, by the last warp.
   __device__ void write_exact_slots(bool bank) const {
-    const int heads = p.gate_groups == 1 ? p.kv_heads : 1;
-    const int count = (bank ? carried() : p.num_sinks > block ? (p.num_sinks - block + kBlocks - 1) / kBlocks : 0) * heads;
+    const int count = bank ? carried() : p.num_sinks > block ? (p.num_sinks - block + kBlocks - 1) / kBlocks : 0;
     if (!bank && warp_id() < kWarps - 1) return;
 #pragma unroll 1
-    for (int task = bank ? warp_id() : 0; task < count; task += bank ? kWarps : 1) {
-      const int i = heads == 1 ? task : task / heads, head = heads == 1 ? group : task - i * heads;
+    for (int i = bank ? warp_id() : 0; i < count; i += bank ? kWarps : 1) {
       int slot = block + i * kBlocks, source;
       if (bank) {
         const Held held = at(&Memory::last)[i];
@@ -483,31 +481,28 @@ struct GroupScan {
       } else if (ahead < 0) {
         position = p.exact_pos[state() * p.exact_slots + source - p.window];
       }
-      copy_slot(head, slot, source, position);
-      if (lane_id() > 0 || (heads > 1 && head > 0)) continue;
+      copy_slot(slot, source, position);
+      if (lane_id() > 0) continue;
       p.source[state() * p.exact_slots + slot] = source;
       p.new_exact_pos[state() * p.exact_slots + slot] = position;
     }
   }
   // As copy_slots, all loads first.
-  __device__ void copy_slot(int head, int slot, int source, int64_t position) const {
+  __device__ void copy_slot(int slot, int source, int64_t position) const {
     const int held = p.window + p.exact_slots, dim = p.dim, from = source < 0 ? p.window + slot : source;
-    const int64_t state_rows = (static_cast<int64_t>(sequence.number) * p.kv_heads + head) * held;
+    const int64_t slots = state() * held;
     const bool fresh = from >= held, turned = p.has_bank_distance && (from < p.window || fresh);
-    const T *key = row_of(p.state_k, p.k, from, head), *value = row_of(p.state_v, p.v, from, head);
-    const int64_t new_row = (state_rows + p.window + slot) * dim;
+    const T *key = row_of(p.state_k, p.k, from), *value = row_of(p.state_v, p.v, from);
+    const int64_t new_row = (slots + p.window + slot) * dim;
     T *new_key = static_cast<T*>(p.new_k) + new_row, *new_value = static_cast<T*>(p.new_v) + new_row;
     constexpr int kElements = 16 / sizeof(T);
     const int packets = p.wide ? dim / kElements : 0, lane = lane_id();
     uint4 packet{};
     if (lane < packets) packet = reinterpret_cast<const uint4*>(value)[lane];
-    const int gate_group = p.gate_groups == 1 ? 0 : head;
-    const bool gate = lane == 0 && head == gate_group;
-    const int64_t gates = state() * held;
     A logit{};
-    if (gate) {
+    if (lane == 0) {
       logit = fresh ? static_cast<const A*>(p.gate)[static_cast<int64_t>(sequence.token0 + from - held) * p.gate_groups + group]
-                    : static_cast<const A*>(p.state_gate)[gates + from];
+                    : static_cast<const A*>(p.state_gate)[slots + from];
     }
 #pragma unroll 1
     for (int i = lane; i < dim / 2; i += 2 * kWarp) {
@@ -539,7 +534,7 @@ struct GroupScan {
     }
 #pragma unroll 1
     for (int i = lane; i < (p.wide ? 0 : dim); i += kWarp) new_value[i] = value[i];
-    if (gate) static_cast<A*>(p.new_gate)[gates + p.window + slot] = logit;
+    if (lane == 0) static_cast<A*>(p.new_gate)[slots + p.window + slot] = logit;
   }
 };
 
