@@ -9,7 +9,7 @@ namespace {
 
 using namespace retention;
 
-constexpr int64_t kMostTokens = 2048;  // more gain nothing (README.md)
+constexpr int64_t kMostTokens = 4096;
 constexpr int kCountBits = 24;         // of a sequence's arrivals; above them, how many groups have counted
 
 // From the stays of a block's own entries to the rows of its chunks.
