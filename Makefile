@@ -8,7 +8,8 @@ CUDA ?= AUTO
 VENV ?= .venv
 BUILD ?= build
 SANITIZE_TESTS ?= tests/python/ops -m gpu -k "opcheck or small_problem"
-INITCHECK_TESTS ?= tests/python/ops/test_diff_attention_paths.py tests/python/ops/test_bounded_attention_paths.py -m gpu -k "small_problem and not paper"
+INITCHECK_TESTS ?= tests/python/ops/test_diff_attention_paths.py tests/python/ops/test_bounded_attention_paths.py -m gpu \
+                   -k "small_problem and not paper"
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
@@ -39,8 +40,8 @@ bench: $(VENV)/.built
 	python -m benchmarks.run --all
 
 # Without torch's caching allocator, so that each tensor has bounds of its own. Only our kernels are checked, but by initcheck,
-# which has to see who wrote their inputs and takes its time. It sees no bulk store (cp.async.bulk), as which summaries are written:
-# there the tests begin with NaN in all that is allocated.
+# which has to see who wrote their inputs and takes its time. It sees no bulk store (cp.async.bulk), as which summaries are
+# written: there the tests begin with NaN in all that is allocated.
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 sanitize: $(VENV)/.built
 	set -e; for tool in memcheck racecheck synccheck; do \

@@ -212,6 +212,9 @@ __device__ void list_summary(const Row<T>& at, int split) {
 // One part of a chunk row. Ends with a barrier and tells that it is there.
 template <class T, int kParts>
 __device__ void list_part(const BankScan& p, ListShared& work, int row, int part) {
+  if (const int j = static_cast<int>(threadIdx.x); part == p.lists.exact_parts && j < p.summary_slots) {  // 64 at most
+    p.lists.members[int64_t{row} * p.summary_slots + j] = {0, 0};
+  }
   const int64_t n = find_sequence(p.sequences, row, [&](int64_t m) { return row_of(p, m); });
   clear_row<T>(p, n, row, p.lists.parts - 1 - part, p.lists.parts);  // the assignment by one of the summaries' parts
   const ScanView<T> view(p, n);

@@ -22,6 +22,12 @@ struct alignas(16) CandidateRows {
   const void *key, *value;
 };
 
+// Which of a chunk's candidates went to a slot: bits of candidates c and c + 32, and in each word a bit that it is there.
+struct alignas(16) SlotMembers {
+  uint64_t low, high;
+};
+constexpr uint64_t kThere = uint64_t{1} << 32;
+
 constexpr int kSplits = 4;  // blocks that share the summary list of a chunk row
 
 // What can be said of a chunk's candidates without the banks, for all chunk rows that evict. It is written while the scan runs.
@@ -36,6 +42,7 @@ struct CandidateLists {
   int* summary_offset;          // (NC, tokens)
   float* summary_gate;          // (NC, tokens)
   float* summary_norm;          // (NC, Hkv, tokens)
+  SlotMembers* members;         // (NC, Ms) 0 until the scan of the summaries has decided
 
   __host__ __device__ CandidateLists(Carver& carver, const BankScanParams& p, Banks banks)
       : tokens((p.chunk + 3) / 4 * 4), exact_parts(banks.exact), parts(exact_parts + (banks.summary ? kSplits : 0)),
@@ -49,6 +56,7 @@ struct CandidateLists {
     summary_offset = carver.take<int>(rows * tokens);
     summary_gate = carver.take<float>(rows * tokens);
     summary_norm = carver.take<float>(rows * p.kv_heads * tokens);
+    members = carver.take<SlotMembers>(rows * p.summary_slots);
   }
 
   // What tells that part `part` of a row is there.
@@ -79,6 +87,15 @@ __device__ inline uint32_t load_acquire(const uint32_t* from) {
   uint32_t word;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
   return word;
+}
+// Words that are all that is told.
+__device__ inline void store_relaxed(SlotMembers* to, uint64_t low, uint64_t high) {
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(low), "l"(high) : "memory");
+}
+__device__ inline SlotMembers load_relaxed(const SlotMembers* from) {
+  SlotMembers all;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(all.low), "=l"(all.high) : "l"(from) : "memory");
+  return all;
 }
 // Between what was written or will be read as usual and what the copy engine does.
 __device__ inline void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
@@ -135,5 +152,7 @@ cudaError_t list_candidates(const BankScan& params, DType dtype, int clusters, i
 using ScanKernel = void (*)(BankScan);
 ScanKernel exact_scan_in_halves(int dim, DType dtype);
 ScanKernel summary_scan_in_halves(int dim, DType dtype);
+// What of the summaries the scan does not wait for, and that is launched after it and runs beside it.
+cudaError_t summary_keys(const BankScan& params, DType dtype, cudaStream_t stream);
 
 }  // namespace coda::kernels::sm90

@@ -390,7 +390,7 @@ class ExactScan {
     hopper::sync_threads(1, kComparing * kWarp);
     if (comparer() != 0 || lane_id() >= heads * kBlocks || lane_id() == rank || tiles == 0) return;
     const float* from = work.cosine[turn][head] + tile(part);
-    send_bytes(remote_address(from, lane_id()), from, static_cast<uint32_t>(tiles * kTilePitch * sizeof(float)),
+    send_bytes(remote_address(from, lane_id()), shared_address(from), static_cast<uint32_t>(tiles * kTilePitch * sizeof(float)),
                remote_address(sent + turn, lane_id()));
   }
   // Where a group's tile lies: those of a block together.

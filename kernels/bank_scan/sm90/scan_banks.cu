@@ -50,6 +50,7 @@ struct Launches {
   cudaError_t scan(ScanKernel kernel, int64_t count, size_t shared) const {
     return launch_clusters(kernel, count, blocks, kScanThreads, shared, stream, p);
   }
+  cudaError_t keys() const { return p.banks.summary ? summary_keys(p, dtype, stream) : cudaSuccess; }
 };
 
 }  // namespace
@@ -87,7 +88,7 @@ cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, 
     cudaError_t status = all.list();
     if (banks.summary && status == cudaSuccess) status = all.scan(summary, p.sequences, shared(2));
     if (banks.exact && status == cudaSuccess) status = all.scan(exact, p.sequences, shared(2));
-    return status;
+    return status == cudaSuccess ? all.keys() : status;
   }
   // Not all at once: in one launch, where one follows the other at once.
   const auto of = [&](auto zero) -> ScanKernel {
@@ -96,8 +97,9 @@ cudaError_t scan_banks(const BankScanForward& params, DType dtype, Banks banks, 
   };
   const auto kernel = dtype == DType::kBFloat16 ? of(__nv_bfloat16{}) : of(__half{});
   const Launches all{p, dtype, p.kv_heads, clusters, most_clusters(kernel, p.kv_heads, kScanThreads, shared(1)), stream};
-  const auto status = all.list();
-  return status == cudaSuccess ? all.scan(kernel, clusters, shared(1)) : status;
+  cudaError_t status = all.list();
+  if (status == cudaSuccess) status = all.scan(kernel, clusters, shared(1));
+  return status == cudaSuccess ? all.keys() : status;
 }
 
 }  // namespace coda::kernels::sm90

@@ -4,6 +4,7 @@
 #include "../../common/wgmma.cuh"
 #include "../summary.cuh"
 #include "cluster.cuh"
+#include "summary_moves.cuh"
 #include "summary_shared.cuh"
 
 namespace coda::kernels::sm90 {
@@ -24,8 +25,8 @@ class SummaryScan {
 
   __device__ SummaryScan(const BankScan& params, int64_t n, unsigned char* shared, uint64_t* barriers)
       : p(params), view(params, n), work(*reinterpret_cast<Shared*>(shared)), scored(barriers), decided(barriers + 1),
-        met(barriers + 2), rank(cluster_rank()), head(rank / kBlocks), part(rank % kBlocks), heads(params.kv_heads),
-        slots(params.summary_slots), first(part * kSlots + warp_id() * kWarpSlots),
+        met(barriers + 2), rank(static_cast<int>(uniform(cluster_rank()))), head(rank / kBlocks), part(rank % kBlocks),
+        heads(params.kv_heads), slots(params.summary_slots), first(part * kSlots + warp_id() * kWarpSlots),
         chunks(static_cast<int>(view.span.chunks)), owned(Shared::owned(params.kv_heads, kBlocks)),
         log_stay(log2f(sigmoid(-static_cast<const float*>(params.eta_logit)[head]))) {}
 
@@ -36,53 +37,36 @@ class SummaryScan {
       hopper::fence_barrier_init();
     }
     cluster_arrive();
-    // Of the batch of candidates whose scores this lane sends on.
-    const int batch = warp_id() % 4 * 16 + lane_id() % (16 / kBatch) * kBatch;
+    // Of the batch of candidates whose scores this lane knows where to send.
+    const int batch = warp_id() % 4 * 16 + lane_id() % kWarpBatches * kBatch;
     batch_to_ = remote_address(near(head, (warp_id() / 4 + part) % 2) + owned_row(batch) * kGroupSlots, owner(batch));
     batch_scored_ = remote_address(scored, owner(batch));
     batch_own_ = owner(batch) == rank;
-    snapshot_ = view.summary_row(span.row0, head, first);
     Slots bank;
     load_state(bank);
     int i = 0;
-    for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) {
-      write_keys(span.row0 + i, bank);
-      write_rows(static_cast<float*>(p.summary_v) + snapshot_, bank.v);
-      snapshot_ += heads * slots * kDim;
-    }
+    for (; i < chunks && !view.evicts(span.chunk_start(i, p.chunk)); ++i) write_values(p.summary_v, span.row0 + i, bank);
     ListGate<kSplits> lists{i};
     const auto await_list = [&](int chunk) {
       lists.await(chunk, chunks, [&] { return p.lists.summary_ready + view.span.row0 * kSplits; });
     };
     await_list(i + 2);
     int count = count_of(i), next_count = count_of(i + 1), free = 1;
-    // Buffers of this chunk: values come two chunks ahead, keys only with it.
-    int values = 0, list = 0, turn = 0;
+    int values = 0, list = 0;  // buffers of this chunk
     const auto list_at = [&](int ahead) -> CandidateList& { return work.list[(list + ahead) % Shared::kLists]; };
     const auto values_at = [&](int ahead) { return work.value[(values + ahead) % 3]; };
-    constexpr int last = Shared::kLists - 1;  // the list of the chunk before
     for (int ahead = 0; ahead < 3; ++ahead) fetch_list(i + ahead, list_at(ahead));
     await_copies();
     sync();
     for (int ahead = 0; ahead < 2; ++ahead) {
-      fetch(i + ahead < chunks, list_at(ahead), values_at(ahead), false, list_at(ahead), work.key[0]);
+      if (i + ahead < chunks) fetch(list_at(ahead), values_at(ahead));
     }
     await_copies();
     sync();
-    Moves moves{};
     Choice choice{-1, -1};
-    // What nothing waits for.
-    const auto finish = [&](int done) {
-      move_keys(bank, moves, work.key[(turn - 1) % 2], list_at(last));
-      write_keys(span.row0 + done, bank);
-      snapshot_ += heads * slots * kDim;
-      if (rank != 0 || warp_id() != 0) return;
-      int32_t* to = p.assignment + (span.row0 + done) * p.chunk;
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        if (choice.slot[u] >= 0) to[list_at(last).offset[lane_id() + u * kWarp]] = choice.slot[u];
-      }
-    };
+    Members members[kPairs];
+    const int began = i;
+    told_ = p.lists.members + (span.row0 + i) * slots + slot_of(0);
     cluster_wait();
 #pragma unroll 1
     for (; i < chunks; ++i) {
@@ -93,20 +77,20 @@ class SummaryScan {
       CandidateList& here = list_at(0);
       const bool scoring = count > 0 && free < slots;
       if (warp_id() == kWarps - 1) {  // that has nothing to multiply
-        if (turn > 0) copy_values(span.row0 + i - 1);
+        if (i > began) copy_values(span.row0 + i - 1);
         if (scoring && owned_count(count) > 0) {
           const int batches = (owned_count(count) + kBatch - 1) / kBatch;
           expect(scored, heads * (kSummaryRows / kGroupSlots) * batches * kBatchBytes, lane_id() == 0);
         }
       }
       if (scoring) approximate(values_at(0), here.norm, count);
-      // While the scores travel: what the last chunk left to do, and what the next ones need.
-      if (turn > 0) finish(i - 1);
+      // While the scores travel: what was decided of the last chunk, and what the next ones need.
+      if (i > began) tell(span.row0 + i - 1, members, choice);
       if (warp_id() == kWarps - 1) {
         hopper::wait_stores_read();  // before others, told what was decided, give slots new values
         if (scoring) expect(decided, count * static_cast<int>(sizeof(int)), lane_id() == 0);
       }
-      fetch(i + 2 < chunks, list_at(2), values_at(2), true, here, work.key[turn % 2]);
+      if (i + 2 < chunks) fetch(list_at(2), values_at(2));
       if (fetches_lists()) await_list(i + 3);
       fetch_list(i + 3, list_at(3));
       const int later_count = count_of(i + 2);
@@ -121,25 +105,20 @@ class SummaryScan {
         if (free > 0) sync();  // which slots are in use has been read
       }
       if (!settled) choose(choice, bank, values_at(0), here.norm, count, free);
-      move_values(bank, moves, choice, values_at(0), here);
+      move_values(bank, members, choice, values_at(0), here);
       if (free > 0) mark_used(choice);
       await_copies();
       sync();
       values = values == 2 ? 0 : values + 1;
-      list = list == last ? 0 : list + 1;
-      ++turn;
+      list = list == Shared::kLists - 1 ? 0 : list + 1;
       count = next_count;
       next_count = later_count;
     }
-    if (turn > 0) {
-      finish(chunks - 1);
-      snapshot_ -= heads * slots * kDim;
-      write_rows(static_cast<float*>(p.summary_v) + snapshot_, bank.v);
+    if (chunks > began) {
+      tell(span.row0 + chunks - 1, members, choice);
+      write_values(p.summary_v, span.row0 + chunks - 1, bank);
     }
-    const int64_t kept = view.summary_row(view.n, head, first);
-    write_rows(static_cast<float*>(p.new_summary_k) + kept, bank.k);
-    write_rows(static_cast<float*>(p.new_summary_v) + kept, bank.v);
-    write_mass(p.new_summary_mass, view.n, bank);
+    write_values(p.new_summary_v, view.n, bank);
     if (warp_id() == kWarps - 1) hopper::wait_stores();
   }
 
@@ -150,26 +129,20 @@ class SummaryScan {
   static constexpr int kWarpSlots = kSummaryRows / kBlocks / (kScanThreads / kWarp);  // neighbouring slots that a warp keeps
   // Of one block: its slots, its warps, and how many neighbouring candidates' scores it sums.
   static constexpr int kSlots = kSummaryRows / kBlocks, kWarps = kScanThreads / kWarp, kBatch = kTileRows / kBlocks,
-                       kBatchBytes = kBatch * kGroupSlots * static_cast<int>(sizeof(float));
+                       kBatchBytes = kBatch * kGroupSlots * static_cast<int>(sizeof(float)),
+                       kWarpBatches = 16 / kBatch;  // whose scores a warp has
   // Warps that neither multiply nor settle first fetch for all. Packets of 16 bytes of a row, rows of a warp, and of one of its
   // loads.
   static constexpr int kFetchers = kWarps / 2, kRowPackets = kDim / kPacket, kFetchedRows = kSummaryRows / kFetchers,
                        kLoadRows = kWarp / kRowPackets, kLoads = kFetchedRows / kLoadRows;
   // Of a slot, a lane keeps kGroups times four neighbouring elements, 64 apart.
   static constexpr int kPairs = kWarpSlots / 2, kGroups = kDim / 64, kElements = kGroups * 4;
-  static __device__ int half_lane() { return lane_id() % (kWarp / 2); }
   __device__ int slot_of(int pair) const { return first + pair * 2 + lane_id() / (kWarp / 2); }
-  struct Slots {
-    float k[kPairs][kElements], v[kPairs][kElements];
-    float mass[kPairs];
-  };
-  // Who went to this half warp's slots, bits of candidates c and c + 32, one over the mass of these, and how far the slot moves.
-  struct Moves {
-    uint32_t members[kPairs][2];
-    float share[kPairs], rate[kPairs];
-  };
   struct Choice {
     int slot[2];  // of candidates lane and lane + 32, -1 beyond the last
+  };
+  struct Slots {
+    float v[kPairs][kElements], mass[kPairs];
   };
   // What this thread fetched and stored is there, for the tensor cores too.
   static __device__ void await_copies() {
@@ -191,9 +164,7 @@ class SummaryScan {
       const int64_t at = view.summary_row(view.n, head, slot) + half_lane() * 4;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int64_t from = at + e / 4 * 64 + e % 4;
-        bank.k[pair][e] = read ? static_cast<const float*>(p.state_summary_k)[from] : 0.0f;
-        bank.v[pair][e] = read ? static_cast<const float*>(p.state_summary_v)[from] : 0.0f;
+        bank.v[pair][e] = read ? static_cast<const float*>(p.state_summary_v)[at + e / 4 * 64 + e % 4] : 0.0f;
       }
       publish(bank, pair);
     }
@@ -249,27 +220,22 @@ class SummaryScan {
   }
   static __device__ int fetched_row() { return fetcher() * kFetchedRows + lane_id() / kRowPackets; }
   static __device__ int fetched_element() { return lane_id() % kRowPackets * kPacket; }
-  // Values and keys of candidates. All addresses first, in registers of their own: a copy holds them for long.
-  __device__ void fetch(bool to_value, const CandidateList& values, T* value, bool to_key, const CandidateList& keys,
-                        T* key) const {
+  // Values of candidates. All addresses first, in registers of their own: a copy holds them for long.
+  __device__ void fetch(const CandidateList& list, T* value) const {
     if (fetcher() < 0) return;
-    const void *key_from[kLoads], *value_from[kLoads];
+    const void* from[kLoads];
     const int row = fetched_row(), element = fetched_element(), packet = element % 64 / kPacket ^ row % 8;
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
-      key_from[load] = static_cast<const T*>(keys.rows[row + load * kLoadRows].key) + element;
-      value_from[load] = static_cast<const T*>(values.rows[row + load * kLoadRows].value) + element;
+      from[load] = static_cast<const T*>(list.rows[row + load * kLoadRows].value) + element;
     }
     value += element / 64 * kPanelElements + row * 64;
-    key += row * kDim + element;
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
       const int ahead = load * kLoadRows;
-      if (row + ahead >= p.lists.tokens) continue;
-      if (to_value) {
-        ampere::copy_packet(value + ahead * 64 + (packet ^ ahead % 8) * kPacket, value_from[load], true);
+      if (row + ahead < p.lists.tokens) {
+        ampere::copy_packet(value + ahead * 64 + (packet ^ ahead % 8) * kPacket, from[load], true);
       }
-      if (to_key) ampere::copy_packet(key + ahead * kDim, key_from[load], true);
     }
   }
   static __device__ bool fetches_lists() { return fetcher() >= kFetchers / 2; }
@@ -293,9 +259,6 @@ class SummaryScan {
         break;
       case 2:
         if (at < words) packet(list.norm, p.lists.summary_norm + (row * heads + head) * p.lists.tokens, at);
-        break;
-      case 3:
-        if (at < words) packet(list.offset, p.lists.summary_offset + row * p.lists.tokens, at);
         break;
     }
   }
@@ -354,6 +317,7 @@ class SummaryScan {
     constexpr int steps = kDim / 16;
     float d[kBlocks][32];  // steps in turns, where there are registers for that: so less is rounded
     const auto a = hopper::rows_descriptor(value), b = hopper::rows_descriptor(work.direction[group]);
+    float* const rows = outgoing() + (warp_id() / 4 * kSummaryRows + first_row) * kGroupSlots;
     hopper::begin_products();
 #pragma unroll
     for (int step = 0; step < steps; ++step) {
@@ -361,11 +325,19 @@ class SummaryScan {
       hopper::multiply<T, 0, 0>(d[step % kBlocks], a + at, b + at, step >= kBlocks);
     }
     hopper::commit_products();
+    const bool sends = lane_id() < kWarpBatches && first_row + lane_id() * kBatch < count;
+    const uint32_t away = __ballot_sync(kAllLanes, sends && !batch_own_), own = __ballot_sync(kAllLanes, sends && batch_own_);
+    const uint32_t from = uniform(shared_address(rows));
+    uint32_t to[kWarpBatches], barrier[kWarpBatches];
+#pragma unroll
+    for (int i = 0; i < kWarpBatches; ++i) {
+      to[i] = uniform(__shfl_sync(kAllLanes, batch_to_, i));
+      barrier[i] = uniform(__shfl_sync(kAllLanes, batch_scored_, i));
+    }
     hopper::wait_products<0>();
 #pragma unroll
     for (auto& part : d) hopper::pin(part);
     const auto product = [&](int at) { return kBlocks == 1 ? d[0][at] : d[0][at] + d[kBlocks - 1][at]; };
-    float* const rows = outgoing() + (warp_id() / 4 * kSummaryRows + first_row) * kGroupSlots;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -381,18 +353,22 @@ class SummaryScan {
     }
     hopper::fence_async_proxy();
     __syncwarp();
-    // A batch a lane; this block's own, which a bulk copy must not take, by the whole warp.
-    const bool sends = lane_id() < 16 / kBatch && first_row + lane_id() * kBatch < count;
-    if (sends && !batch_own_) send_bytes(batch_to_, rows + lane_id() * kBatch * kGroupSlots, kBatchBytes, batch_scored_);
-    for (unsigned left = __ballot_sync(kAllLanes, sends && batch_own_); left != 0; left &= left - 1) {
-      const int lane = __ffs(left) - 1;
-      const uint32_t to = __shfl_sync(kAllLanes, batch_to_, lane), barrier = __shfl_sync(kAllLanes, batch_scored_, lane);
-      for (int i = lane_id(); i < kBatchBytes / 16; i += kWarp) {
-        send(to + i * 16, reinterpret_cast<const uint4*>(rows + lane * kBatch * kGroupSlots)[i], barrier);
+    if (hopper::elect_thread()) {
+#pragma unroll
+      for (int i = 0; i < kWarpBatches; ++i) {
+        if ((away >> i & 1) != 0) send_bytes(to[i], from + i * kBatchBytes, kBatchBytes, barrier[i]);
+      }
+    }
+    // This block's own, which a bulk copy must not take.
+    if (own == 0) return;
+#pragma unroll
+    for (int i = 0; i < kWarpBatches; ++i) {
+      if ((own >> i & 1) == 0) continue;
+      for (int at = lane_id(); at < kBatchBytes / 16; at += kWarp) {
+        send(to[i] + at * 16, reinterpret_cast<const uint4*>(rows + i * kBatch * kGroupSlots)[at], barrier[i]);
       }
     }
   }
-
   // What is told of a candidate: its slot, -1 where it is open, or which two slots alone are left.
   static __device__ int told(int a, int b) { return -2 - (a | b << 8); }
   static __device__ int left(int choice, int which) { return (-2 - choice) >> (8 * which) & 0xff; }
@@ -421,7 +397,11 @@ class SummaryScan {
 #pragma unroll
       for (int h = 0; h < kClusterBlocks; ++h) x[h] = load_shared_pair(from + h * stride);
 #pragma unroll
-      for (int h = 0; h < kClusterBlocks; ++h) score.x += x[h].x, score.y += x[h].y;
+      for (int apart = kClusterBlocks / 2; apart > 0; apart /= 2) {
+#pragma unroll
+        for (int h = 0; h < apart; ++h) x[h].x += x[h + apart].x, x[h].y += x[h + apart].y;
+      }
+      score = x[0];
     } else {
 #pragma unroll 1
       for (int h = 0; h < heads; ++h) {
@@ -502,9 +482,10 @@ class SummaryScan {
       }
     }
     sync();
-    compare(value, norm, open, free > 0);
+    compare(value, norm, open, free < slots, free > 0);
     if (const int rows = owned_count(open); rows > 0) {
-      expect(scored, heads * (rows * (slots + (free > 0 ? kSummaryRows : 0))) * static_cast<int>(sizeof(float)));
+      const int columns = (free < slots ? slots : 0) + (free > 0 ? kSummaryRows : 0);
+      expect(scored, heads * rows * columns * static_cast<int>(sizeof(float)));
       hopper::wait(scored, scored_parity_);
       scored_parity_ ^= 1;
       for (int r = warp_id(); r < owned; r += kWarps) {
@@ -580,16 +561,17 @@ class SummaryScan {
     __syncwarp();
   }
 
-  // Cosines in fixed order of the open candidates and all slots, and of the candidates with each other if some may claim a slot.
-  __device__ void compare(const T* value, const float* norm, int open, bool claims) const {
-    const int base = part * kSlots, mine = min(slots - base, kSlots);
+  // Cosines in fixed order of the open candidates and all slots, if any is used, and of the candidates with each other if some
+  // may claim a slot.
+  __device__ void compare(const T* value, const float* norm, int open, bool used, bool claims) const {
+    const int base = part * kSlots, mine = used ? min(slots - base, kSlots) : 0;
     const int slot_groups = max(0, mine + kTileColumns - 1) / kTileColumns;
-    const int groups = slot_groups + (claims && part == 0 ? kSummaryRows / kTileColumns : 0);
+    const int groups = slot_groups + (claims ? kSlots / kTileColumns : 0);
     const auto candidate = [&](int c) { return work.open[min(c, open - 1)]; };
 #pragma unroll 1
     for (int group = warp_id(); group < groups; group += kWarps) {
       const bool of_slots = group < slot_groups;
-      const int column = of_slots ? base + group * kTileColumns : (group - slot_groups) * kTileColumns;
+      const int column = base + (of_slots ? group : group - slot_groups) * kTileColumns;
       float columns[kTileColumns][kParts];
 #pragma unroll
       for (int j = 0; j < kTileColumns; ++j) {
@@ -641,29 +623,33 @@ class SummaryScan {
       return __ballot_sync(kAllLanes, j < slots && !(work.mass[j] > 0.0f));
     };
     const uint32_t spawning = score_key(float_threshold(p.tau_spawn));  // of the least score that does not
-    const uint64_t low = free_mask(0), high = free_mask(1);
-    uint64_t free = low | high << 32;
+    uint32_t free[2] = {free_mask(0), free_mask(1)};
+    const auto lowest = [](const uint32_t (&bits)[2]) { return bits[0] != 0 ? __ffs(bits[0]) - 1 : __ffs(bits[1]) - 1 + kWarp; };
     int next = 0;  // the first candidate not yet decided
-    while (free != 0) {
-      uint64_t spawns = 0;
+#pragma unroll 1
+    while ((free[0] | free[1]) != 0) {
+      uint32_t spawns[2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int c = lane_id() + u * kWarp;
         const bool spawns_here = match[u].key < spawning && match[u].key != kNanKey;
-        const uint64_t mask = __ballot_sync(kAllLanes, c >= next && c < count && spawns_here);
-        spawns |= mask << (u * kWarp);
+        spawns[u] = __ballot_sync(kAllLanes, c >= next && c < count && spawns_here);
       }
-      if (spawns == 0) break;
-      const int founder = __ffsll(spawns) - 1, claimed = __ffsll(free) - 1;
-      free &= free - 1;
+      if ((spawns[0] | spawns[1]) == 0) break;
+      const int founder = lowest(spawns), claimed = lowest(free);
+      if (free[0] != 0) {
+        free[0] &= free[0] - 1;
+      } else {
+        free[1] &= free[1] - 1;
+      }
       next = founder + 1;
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int c = lane_id() + u * kWarp;
+        const uint32_t here = work.gram[founder * kSummaryRows + c];  // as that of c and the founder
+        const bool nearer = c > founder && (here > match[u].key || (here == match[u].key && claimed < match[u].slot));
+        if (nearer) match[u] = {here, claimed};
         if (c == founder) match[u].slot = claimed;
-        if (c <= founder || c >= count) continue;
-        const uint32_t here = work.gram[c * kSummaryRows + founder];
-        if (here > match[u].key || (here == match[u].key && claimed < match[u].slot)) match[u] = {here, claimed};
       }
     }
 #pragma unroll
@@ -673,106 +659,57 @@ class SummaryScan {
     }
   }
 
-  // The sum of the members' rows, each times its gate, in order, and with values that of their gates. The halves of a warp take
-  // their members at the same time.
-  template <bool kValues>
-  __device__ void weigh(float (&sum)[kElements], float& mass, const uint32_t (&members)[2], const CandidateList& list,
-                        const T* rows) const {
-    const uint32_t row = shared_address(rows) + half_lane() * 8, packet = half_lane() / 2;
-    mass = 0.0f;
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) sum[e] = 0.0f;
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const uint32_t gates = shared_address(list.gate + u * kWarp);
-#pragma unroll 1
-      for (uint32_t left = members[u]; left != 0; left &= left - 1) {
-        const uint32_t at = __ffs(left) - 1, c = u * kWarp + at;
-        const float weight = load_shared(gates + at * 4);
-        // Packets of a row of values are swizzled: packet of row c is packet ^ c % 8.
-        const uint32_t from = !kValues ? row + c * kDim * 2 : row - packet * 16 + c * 128 + (packet ^ c % 8) * 16;
-        float x[kElements];
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          const uint2 words = load_shared2(from + group * (kValues ? Shared::kPanelBytes : 128));
-          const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
-          x[group * 4] = low.x, x[group * 4 + 1] = low.y, x[group * 4 + 2] = high.x, x[group * 4 + 3] = high.y;
-        }
-        if constexpr (kValues) mass += weight;
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) sum[e] += weight * x[e];
-      }
-    }
-    __syncwarp();
-  }
-  static __device__ float load_shared(uint32_t from) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
-    return x;
-  }
-  static __device__ uint2 load_shared2(uint32_t from) {
-    uint2 x;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(from));
-    return x;
-  }
-  // Values move towards the means of what they were given. A free slot, which is 0, becomes the mean.
-  __device__ void move_values(Slots& bank, Moves& moves, const Choice& choice, const T* value, const CandidateList& list) const {
+  // Values move towards the means of what they were given.
+  __device__ void move_values(Slots& bank, Members (&all)[kPairs], const Choice& choice, const T* value,
+                              const CandidateList& list) const {
+    const uint32_t rows = shared_address(value) + half_lane() * 8, packet = half_lane() / 2;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
+      Members& members = all[pair];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const uint32_t even = __ballot_sync(kAllLanes, choice.slot[u] == first + pair * 2);
         const uint32_t odd = __ballot_sync(kAllLanes, choice.slot[u] == first + pair * 2 + 1);
-        moves.members[pair][u] = lane_id() < kWarp / 2 ? even : odd;
+        members.of[u] = lane_id() < kWarp / 2 ? even : odd;
       }
-      const bool here = moved(moves, pair);
+      const bool here = members.any();
       if (!__any_sync(kAllLanes, here)) continue;
       float sum[kElements], mass;
-      weigh<true>(sum, mass, moves.members[pair], list, value);
+      // Rows are swizzled: packet of row c is packet ^ c % 8.
+      weigh<T, kGroups>(sum, mass, members, shared_address(list.gate), Shared::kPanelBytes,
+                        [&](uint32_t c) { return rows - packet * 16 + c * 128 + (packet ^ c % 8) * 16; });
       const bool used = bank.mass[pair] > 0.0f;
-      const float by = here ? mass : 1.0f, share = reciprocal(by), rate = rate_of(used, by);
+      const float by = here ? mass : 1.0f;
+      const Move move(log_stay, used, by);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         float& v = bank.v[pair][e];
-        const float after = v + rate * (quotient(sum[e], by, share) - v);
+        const float after = v + move.rate * (quotient(sum[e], by, move.share) - v);
         v = here ? after : v;
       }
       bank.mass[pair] = here ? used ? bank.mass[pair] + by : by : bank.mass[pair];
-      moves.share[pair] = share;
-      moves.rate[pair] = rate;
       if (half_lane() == 0) work.mass[slot_of(pair)] = bank.mass[pair];
       publish(bank, pair);
     }
   }
-  static __device__ bool moved(const Moves& moves, int pair) { return (moves.members[pair][0] | moves.members[pair][1]) != 0; }
-  // Rounded as a division would be, of normal numbers.
-  static __device__ float reciprocal(float x) {
-    float near;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
-    return __fmaf_rn(__fmaf_rn(-x, near, 1.0f), near, near);
-  }
-  __device__ float rate_of(bool used, float mass) const { return used ? ema_rate(log_stay, mass) : 1.0f; }
 
-  // Keys follow, with what the values were moved by.
-  __device__ void move_keys(Slots& bank, const Moves& moves, const T* key, const CandidateList& list) const {
+  // What was decided of a chunk, for who moves the keys, and the assignment, by two warps that have nothing to do until the
+  // next decisions. Soon after such stores a fence would take long.
+  __device__ void tell(int64_t row, const Members (&members)[kPairs], const Choice& choice) {
+    if (head != 0) return;
+    if (half_lane() == 0) {
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const bool here = moved(moves, pair);
-      if (!__any_sync(kAllLanes, here)) continue;
-      float sum[kElements], mass;
-      weigh<false>(sum, mass, moves.members[pair], list, key);
-      if (!here) continue;
-      const float share = moves.share[pair], rate = moves.rate[pair];
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) bank.k[pair][e] += rate * (sum[e] * share - bank.k[pair][e]);
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const auto [low, high] = members[pair].of;
+        if (slot_of(pair) < slots) store_relaxed(told_ + 2 * pair, kThere | low, kThere | high);
+      }
     }
+    told_ += slots;
+    if (rank != 0 || warp_id() >= 2) return;
+    const int slot = warp_id() == 0 ? choice.slot[0] : choice.slot[1], c = lane_id() + warp_id() * kWarp;
+    if (slot >= 0) p.assignment[row * p.chunk + p.lists.summary_offset[row * p.lists.tokens + c]] = slot;
   }
 
-  // This warp's slots to row `row` of a snapshot; rows come one after the other.
-  __device__ void write_keys(int64_t row, const Slots& bank) const {
-    write_rows(static_cast<float*>(p.summary_k) + snapshot_, bank.k);
-    write_mass(p.summary_mass, row, bank);
-  }
   // The values of all of this block's slots at once, as they were published. One warp.
   __device__ void copy_values(int64_t row) const {
     const int base = part * kSlots, count = min(slots - base, kSlots);
@@ -783,21 +720,15 @@ class SummaryScan {
     }
     hopper::commit_stores();
   }
-  __device__ void write_mass(void* to, int64_t row, const Slots& bank) const {
-    if (head != 0 || half_lane() != 0) return;
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      if (const int slot = slot_of(pair); slot < slots) static_cast<float*>(to)[row * slots + slot] = bank.mass[pair];
-    }
-  }
-  __device__ void write_rows(float* to, const float (&rows)[kPairs][kElements]) const {
+  __device__ void write_values(void* to, int64_t row, const Slots& bank) const {
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       if (slot_of(pair) >= slots) continue;
+      float* const at = static_cast<float*>(to) + view.summary_row(row, head, slot_of(pair)) + half_lane() * 4;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const float* x = rows[pair] + group * 4;
-        *reinterpret_cast<float4*>(to + (slot_of(pair) - first) * kDim + group * 64 + half_lane() * 4) = {x[0], x[1], x[2], x[3]};
+        const float* x = bank.v[pair] + group * 4;
+        *reinterpret_cast<float4*>(at + group * 64) = {x[0], x[1], x[2], x[3]};
       }
     }
   }
@@ -811,7 +742,7 @@ class SummaryScan {
   const float log_stay;  // binary logarithm of 1 - eta
   uint32_t batch_to_ = 0, batch_scored_ = 0;
   bool batch_own_ = false;
-  int64_t snapshot_ = 0;  // where this warp's slots go in the next row
+  SlotMembers* told_ = nullptr;  // of this lane's first slot, in the next row
   uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0;
 };
 

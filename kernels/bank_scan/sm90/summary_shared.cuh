@@ -14,7 +14,6 @@ constexpr int kGroupSlots = 32;  // that a warpgroup compares with the candidate
 struct alignas(16) CandidateList {
   CandidateRows rows[kSummaryRows];
   float gate[kSummaryRows], norm[kSummaryRows];
-  int offset[kSummaryRows];
 };
 
 // Shared memory of one block of the summary bank's cluster, which holds one KV head.
@@ -22,11 +21,10 @@ template <class T, int kDim>
 struct alignas(1024) SummaryShared {
   // Operands of the products: swizzled panels of 64 rows, which are 64 elements wide.
   static constexpr int kTileElements = kSummaryRows * kDim, kPanelBytes = kSummaryRows * 128;
-  static constexpr int kLists = 5;  // of the chunk before, this one and the next three
+  static constexpr int kLists = 4;  // of this chunk and the next three
   T direction[2][kTileElements];  // values over their norms, as sums: of 32 slots the high parts, then the low ones
   T value[3][kTileElements];      // candidates of this chunk and the next two
   float v[kSummaryRows * kDim];
-  T key[2][kSummaryRows * kDim];      // of this chunk and the one before
   CandidateList list[kLists];
   uint32_t gram[kSummaryRows * kSummaryRows];  // keys of the mean cosines of candidates
   Match best[kSummaryRows];                    // in fixed order
