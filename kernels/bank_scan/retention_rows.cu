@@ -6,19 +6,18 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 struct RowsMemory {
-  int32_t* staged;   // (staged, capacity)
+  int32_t* staged;   // (staged, capacity), until the slots have been followed
   int32_t* slot_of;  // (capacity) by rank before the segment
   int32_t* id;       // (capacity) likewise, as the next two from the step before
   int32_t* until;    // (capacity)
   int2* stay;        // (segment_tokens)
-  int32_t* strip;    // (strip_rows, exact_slots)
+  int32_t* strip;    // (strip_rows, exact_slots), from then on
   double* inv_freq;  // (D/2)
 
   __host__ __device__ RowsMemory(Carver& carver, const RetentionScan& p)
-      : staged(carver.take<int32_t>(p.staged * p.capacity)), slot_of(carver.take<int32_t>(p.capacity)),
-        id(carver.take<int32_t>(p.capacity)), until(carver.take<int32_t>(p.capacity)),
-        stay(carver.take<int2>(p.segment_tokens)), strip(carver.take<int32_t>(p.strip_rows * p.exact_slots)),
-        inv_freq(carver.take<double>(p.dim / 2)) {}
+      : staged(carver.take<int32_t>(std::max(p.staged * p.capacity, p.strip_rows * p.exact_slots))),
+        slot_of(carver.take<int32_t>(p.capacity)), id(carver.take<int32_t>(p.capacity)), until(carver.take<int32_t>(p.capacity)),
+        stay(carver.take<int2>(p.segment_tokens)), strip(staged), inv_freq(carver.take<double>(p.dim / 2)) {}
 };
 
 // Follows the slots [begin, end), of which those below 0 are none, through the first `count` segments of a sequence, which start
@@ -52,32 +51,44 @@ __device__ inline void follow_slots(const RetentionScan& p, int32_t* staged, int
 
 constexpr int kAsBefore = -2;  // in a strip: what the row before has
 
-// The rows of one segment, those that no chunk uses as well. The whole block.
+// The rows of one segment; those before anything leaves the ring go with a sequence's first segment, those that no chunk uses
+// with the last. The whole block.
 __device__ inline void write_rows(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row,
                                   const RowsMemory& work) {
   const auto& sequence = plan.sequence;
-  const int used = plan.used, sinks = p.num_sinks, slots = p.exact_slots, capacity = p.capacity;
-  const auto index_row = [&](int b) {
-    return p.index + (static_cast<int64_t>(sequence.row0 + plan.begin + b) * p.gate_groups + group) * slots;
+  const int used = plan.used, sinks = p.num_sinks, slots = p.exact_slots, capacity = p.capacity, tokens = plan.tokens(p);
+  const auto index_row = [&](int i) {
+    return p.index + (static_cast<int64_t>(sequence.row0 + i) * p.gate_groups + group) * slots;
   };
 #pragma unroll 1
-  for (int b = used + warp_id(); b < plan.rows; b += kWarps) {
-#pragma unroll 1
-    for (int j = lane_id(); j < slots; j += kWarp) index_row(b)[j] = -1;
-  }
-  if (used == 0) return;
-#pragma unroll 1
-  for (int e = threadIdx.x; e < capacity; e += kThreads) {
+  for (int e = threadIdx.x; e < (used > 0 ? capacity : 0); e += kThreads) {
     bring(p, work.id + e, p.bank_id + row * capacity + e);
     bring(p, work.until + e, p.bank_until + row * capacity + e);
   }
 #pragma unroll 1
-  for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) {
-    bring(p, work.stay + c, p.token_stay + row * p.segment_tokens + c);
+  for (int c = threadIdx.x; c < tokens; c += kThreads) bring(p, work.stay + c, p.token_stay + row * p.segment_tokens + c);
+  if (plan.before == 0) {
+    const int64_t* positions = p.exact_pos + sequence.state_row(p, group) * slots;
+    const int idle = min(sequence.lead, sequence.chunks);
+#pragma unroll 1
+    for (int j = threadIdx.x; j < slots; j += kThreads) {
+      const int carried = positions[j] < 0 ? -1 : p.window + j;
+#pragma unroll 1
+      for (int i = 0; i < idle; ++i) index_row(i)[j] = carried;
+    }
   }
-  const int before = plan.before(p), first = plan.first_id(p);
-  if (before == 0 || capacity == 0) wait_brought();  // else follow_slots does
-  follow_slots(p, work.staged, sequence.state_row(p, group), row - static_cast<int64_t>(before) * p.gate_groups, before,
+  if (plan.last() && (used > 0 || plan.before == 0)) {
+    const int next = sequence.number + 1;
+    const int rows = (next < p.sequences ? SequencePlan::row_start(p, next) : static_cast<int>(p.chunk_rows)) - sequence.row0;
+#pragma unroll 1
+    for (int i = sequence.chunks + warp_id(); i < rows; i += kWarps) {
+#pragma unroll 1
+      for (int j = lane_id(); j < slots; j += kWarp) index_row(i)[j] = -1;
+    }
+  }
+  if (used == 0) return;
+  if (plan.before == 0 || capacity == 0) wait_brought();  // else follow_slots does
+  follow_slots(p, work.staged, sequence.state_row(p, group), row - static_cast<int64_t>(plan.before) * p.gate_groups, plan.before,
                0, capacity, [&](int slot, int rank) { work.slot_of[rank] = slot; });
   // What is in a slot, and for how long, gives no order in which to write whole rows. So each source goes into a strip of rows in
   // shared memory, where it comes in, and whoever writes a slot's column takes it along.
@@ -94,9 +105,9 @@ __device__ inline void write_rows(const RetentionScan& p, const SegmentPlan& pla
 #pragma unroll 1
     for (int e = threadIdx.x; e < capacity; e += kThreads) hold(work.slot_of[e], work.id[e], 0, work.until[e]);
 #pragma unroll 1
-    for (int c = threadIdx.x; c < p.segment_tokens; c += kThreads) {
+    for (int c = threadIdx.x; c < tokens; c += kThreads) {
       const int2 stay = work.stay[c];
-      if (stay.x > 0) hold(work.slot_of[stay.y], first + c, p.by_chunk.quotient(c), stay.x);
+      if (stay.x > 0) hold(work.slot_of[stay.y], plan.first_id(p) + c, p.by_chunk.quotient(c), stay.x);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < (end - b0) * sinks; i += kThreads) {
@@ -107,7 +118,7 @@ __device__ inline void write_rows(const RetentionScan& p, const SegmentPlan& pla
 #pragma unroll 1
     for (int j = threadIdx.x; j < slots; j += kThreads) {
       int held = -1;
-      int32_t* to = index_row(b0) + j;
+      int32_t* to = index_row(plan.begin + b0) + j;
 #pragma unroll 2
       for (int b = b0; b < end; ++b, to += static_cast<int64_t>(p.gate_groups) * slots) {
         const int now = work.strip[(b - b0) * slots + j];
@@ -168,28 +179,29 @@ __host__ __device__ inline int parts_of(const RetentionScan& p) {
   return (p.exact_slots + kWarps * p.copied - 1) / (kWarps * p.copied);
 }
 
-// The first blocks write the rows of the index, the others the exact slots of the new state.
+__host__ __device__ inline int64_t copies_of(const RetentionScan& p) { return p.sequences * p.kv_heads * parts_of(p); }
+
+// The first blocks write the exact slots of the new state, which takes longest, the others the rows of the index.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 4 : 3) retention_rows_kernel(RetentionScan p) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 4 : 2) retention_rows_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ SegmentPlan plan;
   __shared__ int source_of[kWarps * kSlotsAtOnce];
   wait_for_stream();
   let_next_start();
-  const int row_blocks = static_cast<int>(p.segments) * p.gate_groups;
+  const int block = static_cast<int>(blockIdx.x), copies = static_cast<int>(copies_of(p));
   Carver carver(block_memory(p.block_workspace, p.block_bytes, shared));
   const RowsMemory work(carver, p);
-  if (static_cast<int>(blockIdx.x) < row_blocks) {
-    SegmentPlan::put(&plan, p, static_cast<int>(blockIdx.x) / p.gate_groups);
+  if (block >= copies) {
+    const int row = block - copies, group = row % p.gate_groups;
+    SegmentPlan::put(&plan, p, row / p.gate_groups);
     __syncthreads();
-    const int group = static_cast<int>(blockIdx.x) % p.gate_groups;
-    write_rows(p, plan, group, blockIdx.x, work);
-    if (plan.begin == 0 && group == 0 && warp_id() == 0) count_arrivals(p, plan.sequence);
+    write_rows(p, plan, group, row, work);
+    if (plan.before == 0 && group == 0 && warp_id() == 0) count_arrivals(p, plan.sequence);
     return;
   }
-  const int block = static_cast<int>(blockIdx.x) - row_blocks, parts = parts_of(p);
-  const int head = block / parts % p.kv_heads, n = block / parts / p.kv_heads, first = block % parts * kWarps * p.copied;
-  const int group = p.gate_groups == 1 ? 0 : head;
+  const int parts = parts_of(p), head = block / parts % p.kv_heads, n = block / parts / p.kv_heads;
+  const int first = block % parts * kWarps * p.copied, group = p.gate_groups == 1 ? 0 : head;
   const auto sequence = SequencePlan::of(p, n);
 #pragma unroll 1
   for (int i = threadIdx.x; i < (p.has_bank_distance ? p.dim / 2 : 0); i += kThreads) bring(p, work.inv_freq + i, p.inv_freq + i);
@@ -204,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 4 : 3) retention_row
                       [&](int i) { return source_of[mine + i]; }, p.wide, work.inv_freq);
 }
 
-int64_t blocks(const RetentionScan& p) { return p.segments * p.gate_groups + p.sequences * p.kv_heads * parts_of(p); }
+int64_t blocks(const RetentionScan& p) { return copies_of(p) + p.segments * p.gate_groups; }
 
 }  // namespace
 

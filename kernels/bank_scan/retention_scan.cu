@@ -16,7 +16,7 @@ cudaError_t retention_scan(const BankScanForward& params, DType dtype, cudaStrea
   if (device_capability() == 90 && sm90::retention_served(params, dtype)) return sm90::retention_scan(params, dtype, stream);
   const RetentionScan scan(params);
   cudaError_t status = retention_tokens(scan, dtype, stream);
-  if (status == cudaSuccess) status = retention_walk(scan, dtype, stream);
+  if (status == cudaSuccess) status = retention_walk(scan, stream);
   if (status == cudaSuccess) status = retention_rows(scan, dtype, stream);
   return status;
 }

@@ -12,10 +12,10 @@
 
 namespace coda::kernels {
 
-// The retention scan cut into segments of some chunks each (README.md). Sequence n owns the segments from
-// row0 / segment_chunks + n on. A bank holds `capacity` entries in order of rank, 0 the best; free slots are entries too. Entries
-// have identities: i >= 0 the i-th token that leaves the ring in this call, -1 a free slot, -2 - j what the sequence came with in
-// slot num_sinks + j. Slots are counted without the sinks.
+// The retention scan cut into segments of some chunks each, of those in which something leaves the ring (README.md). Sequence n
+// owns the segments from row0 / segment_chunks + n on. A bank holds `capacity` entries in order of rank, 0 the best; free slots
+// are entries too. Entries have identities: i >= 0 the i-th token that leaves the ring in this call, -1 a free slot, -2 - j what
+// the sequence came with in slot num_sinks + j. Slots are counted without the sinks.
 struct RetentionScan : BankScanForward {
   int capacity;  // exact slots that are no sinks
   int segment_chunks;
@@ -25,7 +25,7 @@ struct RetentionScan : BankScanForward {
   Divisor by_chunk, by_segment, by_window;  // segments in chunks
 
   uint64_t* token_key;      // (segments, R, segment_tokens) descending
-  int32_t* token_id;        // (segments, R, segment_tokens) their identities, negative where nothing leaves yet
+  int32_t* token_id;        // (segments, R, segment_tokens) their identities
   int2* token_stay;         // (segments, R, segment_tokens) until when each token stays, 0 if it never comes in, and the rank
                             // before the segment whose slot it takes; in order of position
   uint64_t* carried_key;    // (N, R, capacity) the bank that a sequence came with, descending
@@ -55,6 +55,8 @@ struct SequencePlan {
   int chunks;       // chunk rows in use
   int ring_slot;    // of the first new token
   int first_id;     // identity of the first token that the first chunk row would evict; negative where nothing leaves yet
+  int lead;         // chunk rows before the first in which something leaves the ring
+  int evicting;     // chunk rows in use from there on
   int64_t first;    // position of the first new token
   int64_t evicted;  // the first position that leaves the ring in this call
 
@@ -62,23 +64,27 @@ struct SequencePlan {
     return p.by_chunk.quotient(static_cast<int>(p.cu_seqlens[n])) + 2 * n;
   }
   __device__ static SequencePlan of(const RetentionScan& p, int n) {
+    return of(p, n, static_cast<int>(p.cu_seqlens[n]), static_cast<int>(p.cu_seqlens[n + 1]), p.tokens_seen[n]);
+  }
+  __device__ static SequencePlan of(const RetentionScan& p, int n, int token0, int end, int64_t first) {
     SequencePlan plan;
     plan.number = n;
-    plan.token0 = static_cast<int>(p.cu_seqlens[n]);
-    plan.row0 = p.by_chunk.quotient(plan.token0) + 2 * n;
-    const int length = static_cast<int>(p.cu_seqlens[n + 1]) - plan.token0;
-    plan.first = p.tokens_seen[n];
-    const int64_t chunk = p.by_chunk.quotient(plan.first);
-    const int within = static_cast<int>(plan.first - chunk * p.chunk);
+    plan.token0 = token0;
+    plan.row0 = p.by_chunk.quotient(token0) + 2 * n;
+    plan.first = first;
+    const int64_t chunk = p.by_chunk.quotient(first);
+    const int within = static_cast<int>(first - chunk * p.chunk), length = end - token0;
     plan.chunks = length > 0 ? p.by_chunk.quotient(within + length - 1) + 1 : 0;
-    plan.ring_slot = static_cast<int>(plan.first - p.by_window.quotient(plan.first) * p.window);
+    plan.ring_slot = static_cast<int>(first - p.by_window.quotient(first) * p.window);
     const int64_t begins = (chunk + (within > 0)) * p.chunk - p.window;
     plan.evicted = begins > 0 ? begins : 0;
     plan.first_id = static_cast<int>(chunk * p.chunk - p.window - plan.evicted);
+    plan.lead = p.by_chunk.quotient(-plan.first_id);
+    plan.evicting = max(plan.chunks - plan.lead, 0);
     return plan;
   }
   __device__ int segment0(const RetentionScan& p) const { return p.by_segment.quotient(row0) + number; }
-  __device__ int segments(const RetentionScan& p) const { return p.by_segment.quotient(chunks + p.segment_chunks - 1); }
+  __device__ int segments(const RetentionScan& p) const { return p.by_segment.quotient(evicting + p.segment_chunks - 1); }
   __device__ int64_t state_row(const RetentionScan& p, int group) const {
     return static_cast<int64_t>(number) * p.gate_groups + group;
   }
@@ -100,21 +106,29 @@ struct SequencePlan {
   }
 };
 
+// Some of the chunk rows of a sequence in which something leaves the ring.
 struct SegmentPlan {
   SequencePlan sequence;
-  int begin;       // its first chunk row, within the sequence
-  int rows, used;  // how many the sequence has, and uses, from there
+  int before;       // segments of the sequence before this one
+  int begin, used;  // its first chunk row, within the sequence, and how many; none in segments that are not needed
 
   // One warp.
   __device__ static SegmentPlan of(const RetentionScan& p, int segment) {
     SegmentPlan plan;
-    plan.sequence = SequencePlan::of(p, find_sequence_together(p.sequences, segment, [&](int n) {
-      return p.by_segment.quotient(SequencePlan::row_start(p, n)) + n;
-    }));
-    const int next = plan.sequence.number + 1;
-    plan.begin = (segment - plan.sequence.segment0(p)) * p.segment_chunks;
-    const int end = next < p.sequences ? SequencePlan::row_start(p, next) : static_cast<int>(p.chunk_rows);
-    plan.rows = min(max(end - plan.sequence.row0 - plan.begin, 0), p.segment_chunks);
+    if (const int count = static_cast<int>(p.sequences); count < kWarp) {  // all that is known of them, at once
+      const int mine = min(lane_id(), count), token = static_cast<int>(p.cu_seqlens[mine]);
+      const int64_t seen = p.tokens_seen[min(mine, count - 1)];
+      const int segment0 = p.by_segment.quotient(p.by_chunk.quotient(token) + 2 * mine) + mine;
+      const int n = __popc(__ballot_sync(kAllLanes, lane_id() > 0 && lane_id() < count && segment0 <= segment));
+      plan.sequence = SequencePlan::of(p, n, __shfl_sync(kAllLanes, token, n), __shfl_sync(kAllLanes, token, n + 1),
+                                       __shfl_sync(kAllLanes, seen, n));
+    } else {
+      plan.sequence = SequencePlan::of(p, find_sequence_together(p.sequences, segment, [&](int n) {
+        return p.by_segment.quotient(SequencePlan::row_start(p, n)) + n;
+      }));
+    }
+    plan.before = segment - plan.sequence.segment0(p);
+    plan.begin = plan.sequence.lead + plan.before * p.segment_chunks;
     plan.used = min(max(plan.sequence.chunks - plan.begin, 0), p.segment_chunks);
     return plan;
   }
@@ -124,11 +138,11 @@ struct SegmentPlan {
     const auto plan = of(p, segment);
     if (lane_id() == 0) *to = plan;
   }
-  // Identity of the first token that its first chunk row would evict.
+  // Identity of the first token that it evicts, and how many it does.
   __device__ int first_id(const RetentionScan& p) const { return sequence.first_id + begin * p.chunk; }
-  // Segments of the sequence before this one.
-  __device__ int before(const RetentionScan& p) const { return p.by_segment.quotient(begin); }
-  __device__ bool last() const { return begin + used == sequence.chunks; }
+  __device__ int tokens(const RetentionScan& p) const { return used * p.chunk; }
+  // Of the segments that are needed; without any, the first.
+  __device__ bool last() const { return begin + used >= sequence.chunks; }
 };
 
 inline RetentionScan::RetentionScan(const BankScanForward& p)
@@ -174,12 +188,12 @@ size_t retention_tokens_workspace(const RetentionScan& p);
 size_t retention_walk_workspace(const RetentionScan& p);
 size_t retention_rows_workspace(const RetentionScan& p);
 cudaError_t retention_tokens(const RetentionScan& p, DType dtype, cudaStream_t stream);
-cudaError_t retention_walk(const RetentionScan& p, DType dtype, cudaStream_t stream);
+cudaError_t retention_walk(const RetentionScan& p, cudaStream_t stream);
 cudaError_t retention_rows(const RetentionScan& p, DType dtype, cudaStream_t stream);
 
 // Keys as integers in the same order. The free slots of a bank stand below every token, and below them tokens that are not
-// offered; 0 stays unused, so that key - 1 is always something less.
-constexpr uint64_t kNotOffered = 1, kFreeSlot = 2;
+// offered, each with a key of its own from kNotOffered on; 0 stays unused, so that key - 1 is always something less.
+constexpr uint64_t kNotOffered = 1, kFreeSlot = uint64_t{1} << 32;
 
 __device__ inline uint64_t ordered_key(double key) {
   const auto bits = static_cast<uint64_t>(__double_as_longlong(add_rn(key, 0.0)));  // -0 equals 0
@@ -201,6 +215,36 @@ __device__ inline int count_above(const uint64_t* list, int count, uint64_t key)
 #pragma unroll
   for (int i = 0; i < 4; ++i) rest += (i < left) & (list[max(min(above + i, count - 1), 0)] > key);
   return above + rest;
+}
+
+// Entries [place, place + kInRow) of two descending lists together, with identities; between equal keys those of the second come
+// first, and what lies behind both ends is anything. One search for several entries.
+template <int kInRow>
+__device__ inline void merge_places(const uint64_t* a, const int* a_id, int a_count, const uint64_t* b, const int* b_id,
+                                    int b_count, int place, uint64_t (&key)[kInRow], int (&id)[kInRow]) {
+  int low = max(place - b_count, 0), high = min(place, a_count);  // how many of those before come from the first list
+#pragma unroll 1
+  while (low < high) {
+    const int middle = (low + high) >> 1;
+    const bool more = a[middle] > b[place - 1 - middle];
+    low = more ? middle + 1 : low;
+    high = more ? high : middle;
+  }
+  int i = low, j = place - low, from[kInRow];
+  uint64_t first = i < a_count ? a[i] : 0, second = j < b_count ? b[j] : 0;
+#pragma unroll
+  for (int k = 0; k < kInRow; ++k) {
+    const bool from_first = first > second;
+    key[k] = from_first ? first : second;
+    from[k] = from_first ? i : -1 - j;
+    i += from_first;
+    j += !from_first;
+    const uint64_t next = (from_first ? i < a_count : j < b_count) ? *(from_first ? a + i : b + j) : 0;
+    first = from_first ? next : first;
+    second = from_first ? second : next;
+  }
+#pragma unroll
+  for (int k = 0; k < kInRow; ++k) id[k] = from[k] < 0 ? b_id[min(-1 - from[k], b_count - 1)] : a_id[from[k]];
 }
 
 // Calls body with a block's memory, twice in code: so that where it is shared, the compiler knows.

@@ -3,7 +3,8 @@
 namespace coda::kernels {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kThreads = 512;
+constexpr int kInRow = 2;  // places of a thread in a merge
 
 // A set of small integers that counts its members below any number.
 struct RankedSet {
@@ -47,30 +48,29 @@ struct SegmentMemory {
         token(carver.take<int>(tokens)) {}
 };
 
-// Entries are the ranks of the bank before the segment, then its tokens in order of key. Their places are those in the order of
-// all keys together.
+// Entries are the ranks of the bank before the segment, then its tokens in order of key as far as they are no worse than all of
+// that bank: others never come in. Their places are those in the order of all keys together.
 struct WalkMemory : SegmentMemory {
-  int words;
+  int stride;        // of sets
   int* place;        // (entries)
   int* born;         // (entries), by place: the chunk that brings it, 0 for the bank
-  unsigned* member;  // (segment_chunks, words) of the sets: places that the bank or the chunks up to this one bring
-  int* before;       // (segment_chunks, words + 1)
+  unsigned* member;  // (segment_chunks, stride) of the sets: places that the bank or the chunks up to this one bring
+  int* before;       // (segment_chunks, stride)
   int2* stay;        // (entries) the first chunk in which an entry is no longer held, 0 for tokens that never were, and its last
                      // rank before
-  int* arrives;      // (segment_tokens) whether a token does; where born was
-  unsigned* arrival_member;  // (words) of the set of tokens that do
+  unsigned* arrival_member;  // (words) of the set of tokens that come in
   int* arrival_before;       // (words + 1)
   int* leaver;               // (segment_tokens) the entry whose slot the i-th arrival takes; where place was
 
   __host__ __device__ WalkMemory(Carver& carver, int capacity, int tokens, int chunks)
-      : SegmentMemory(carver, capacity, tokens), words(words_of(capacity + tokens)), place(carver.take<int>(capacity + tokens)),
-        born(carver.take<int>(capacity + tokens)),
-        member(carver.take<unsigned>(chunks * words)), before(carver.take<int>(chunks * (words + 1))),
-        stay(carver.take<int2>(capacity + tokens)), arrives(born), arrival_member(carver.take<unsigned>(words_of(tokens) + 1)),
+      : SegmentMemory(carver, capacity, tokens), stride((words_of(capacity + tokens) + 1) | 1),
+        place(carver.take<int>(capacity + tokens)), born(carver.take<int>(capacity + tokens)),
+        member(carver.take<unsigned>(chunks * stride)), before(carver.take<int>(chunks * stride)),
+        stay(carver.take<int2>(capacity + tokens)), arrival_member(carver.take<unsigned>(words_of(tokens) + 1)),
         arrival_before(carver.take<int>(words_of(tokens) + 1)), leaver(place) {}
 
   // What has come when chunk b of the segment reads the bank.
-  __device__ RankedSet come(int b) const { return {member + b * words, before + b * (words + 1)}; }
+  __device__ RankedSet come(int b) const { return {member + b * stride, before + b * stride}; }
   __device__ RankedSet arrivals() const { return {arrival_member, arrival_before}; }
 };
 
@@ -88,23 +88,28 @@ struct MergeMemory : SegmentMemory {
 // Merges each two neighbours of the row of lists at `from` into the best `length` of both, at `to`, the last one alone where
 // their number is odd. Between equal keys what comes from the later list wins: the later token.
 __device__ inline void merge_neighbours(const MergeMemory& work, int from, int to, int lists, int length) {
-  const int parts = words_of(length);
-  int list = warp_id() / parts, part = warp_id() % parts;
+  const int parts = words_of((length + kInRow - 1) / kInRow);
+  int list = 0, part = warp_id();
 #pragma unroll 1
-  while (list < lists) {
-    const int i = part * kWarp + lane_id(), at = from + list * length + i;
-    if (i < length) {
-      const uint64_t mine = work.list[at];
-      const int other = list ^ 1, shift = list & 1 ? 0 : 1;
-      const int rank = i + count_above(work.list + from + other * length, other < lists ? length : 0, mine - shift);
-      if (rank < length) {
-        work.list[to + (list >> 1) * length + rank] = mine;
-        work.id[to + (list >> 1) * length + rank] = work.id[at];
+  while (true) {
+#pragma unroll 1
+    for (; part >= parts; part -= parts) list += 2;
+    if (list >= lists) return;
+    const int left = from + list * length, right = left + length, at = to + (list >> 1) * length;
+    const int place = (part * kWarp + lane_id()) * kInRow;
+    if (place < length) {
+      uint64_t keys[kInRow];
+      int ids[kInRow];
+      merge_places(work.list + left, work.id + left, length, work.list + right, work.id + right, list + 1 < lists ? length : 0,
+                   place, keys, ids);
+#pragma unroll
+      for (int k = 0; k < kInRow; ++k) {
+        if (place + k >= length) break;
+        work.list[at + place + k] = keys[k];
+        work.id[at + place + k] = ids[k];
       }
     }
     part += warp_count();
-#pragma unroll 1
-    for (; part >= parts; part -= parts) ++list;
   }
 }
 
@@ -112,7 +117,7 @@ __device__ inline void merge_neighbours(const MergeMemory& work, int from, int t
 // segment's own tokens meanwhile. Returns where in work.bank it is.
 __device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row,
                                 const MergeMemory& work) {
-  const int capacity = p.capacity, tokens = p.segment_tokens, listed = p.listed, before = plan.before(p);
+  const int capacity = p.capacity, tokens = p.segment_tokens, listed = p.listed, before = plan.before;
   const int64_t carried = plan.sequence.state_row(p, group) * capacity;
 #pragma unroll 1
   for (int e = threadIdx.x; e < capacity; e += blockDim.x) {
@@ -143,16 +148,16 @@ __device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan,
     }
     const int next = capacity - now;
 #pragma unroll 1
-    for (int e = threadIdx.x; e < capacity + listed; e += blockDim.x) {
-      const int i = e - capacity;
-      const uint64_t mine = i < 0 ? work.bank[now + e] : work.list[from + i];
-      const int id = i < 0 ? work.bank_id[now + e] : work.id[from + i];
-      // Between equal keys the later token wins, and that is the one from the lists.
-      const int rank = i < 0 ? e + count_above(work.list + from, listed, mine - 1)
-                             : i + count_above(work.bank + now, capacity, mine);
-      if (rank >= capacity) continue;
-      work.bank[next + rank] = mine;
-      work.bank_id[next + rank] = id;
+    for (int place = kInRow * static_cast<int>(threadIdx.x); place < capacity; place += kInRow * static_cast<int>(blockDim.x)) {
+      uint64_t keys[kInRow];
+      int ids[kInRow];
+      merge_places(work.bank + now, work.bank_id + now, capacity, work.list + from, work.id + from, listed, place, keys, ids);
+#pragma unroll
+      for (int k = 0; k < kInRow; ++k) {
+        if (place + k >= capacity) break;
+        work.bank[next + place + k] = keys[k];
+        work.bank_id[next + place + k] = ids[k];
+      }
     }
     __syncthreads();
     now = next;
@@ -165,43 +170,67 @@ __device__ inline int find_bank(const RetentionScan& p, const SegmentPlan& plan,
 // same twice, as merges need it and as the walk does. The whole block.
 __device__ inline void walk_segment(const RetentionScan& p, const SegmentPlan& plan, int group, int64_t row,
                                     const MergeMemory& merge, const WalkMemory& work) {
-  const int capacity = p.capacity, tokens = p.segment_tokens, chunk = p.chunk, chunks = p.segment_chunks;
-  const int entries = capacity + tokens;
+  const int capacity = p.capacity, chunk = p.chunk, chunks = plan.used, tokens = plan.tokens(p), first_id = plan.first_id(p);
+  int2* const token_stay = p.token_stay + row * p.segment_tokens;
 #pragma unroll 1
   for (int i = threadIdx.x; i < tokens; i += blockDim.x) {  // there once find_bank has been called
-    bring(p, work.key + i, p.token_key + row * tokens + i);
-    bring(p, work.token + i, p.token_id + row * tokens + i);
+    bring(p, work.key + i, p.token_key + row * p.segment_tokens + i);
+    bring(p, work.token + i, p.token_id + row * p.segment_tokens + i);
   }
-  const int first_id = plan.first_id(p);
   const int now = find_bank(p, plan, group, row, merge);
   const uint64_t* bank = work.bank + now;
   const int* bank_id = work.bank_id + now;
+  const uint64_t worst = capacity > 0 ? bank[capacity - 1] : ~uint64_t{0};
   // Between equal keys the later token comes first.
 #pragma unroll 1
-  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+  for (int e = threadIdx.x; e < capacity + tokens; e += blockDim.x) {
     const int i = e - capacity;
-    const int place = i < 0 ? e + count_above(work.key, tokens, bank[e] - 1) : i + count_above(bank, capacity, work.key[i]);
-    work.place[e] = place;
-    work.born[place] = i < 0 ? 0 : p.by_chunk.quotient(work.token[i] -= first_id);
+    const int token = i < 0 ? 0 : work.token[i] -= first_id;
+    if (i >= 0 && work.key[i] < worst) {
+      token_stay[token] = {0, 0};
+    } else {
+      const int place = i < 0 ? e + count_above(work.key, tokens, bank[e] - 1) : i + count_above(bank, capacity, work.key[i]);
+      work.place[e] = place;
+      work.born[place] = i < 0 ? 0 : p.by_chunk.quotient(token);
+    }
   }
-  __syncthreads();
 #pragma unroll 1
-  for (int w = warp_id(); w < work.words; w += warp_count()) {
-    const int place = 32 * w + lane_id();
-    const int born = place < entries ? work.born[place] : chunks;
-#pragma unroll 4
-    for (int b = 0; b < chunks; ++b) {
-      const unsigned mask = __ballot_sync(kAllLanes, born <= b);
-      if (lane_id() == 0) work.come(b).member[w] = mask;
+  for (int w = threadIdx.x; w <= words_of(tokens); w += blockDim.x) work.arrival_member[w] = 0;
+  __syncthreads();
+  const int entries = capacity > 0 ? work.place[capacity - 1] + 1 : 0, words = words_of(entries);
+#pragma unroll 1
+  for (int w = warp_id(); w < words; w += warp_count()) {
+    // First what each chunk brings, then what has come until then.
+    unsigned* const member = work.member + w;
+    const int place = w * kWarp + lane_id(), born = place < entries ? work.born[place] : chunks;
+    const unsigned first = __ballot_sync(kAllLanes, born == 0);
+#pragma unroll 1
+    for (int b = lane_id(); b < chunks; b += kWarp) member[b * work.stride] = b == 0 ? first : 0;
+    __syncwarp();
+    if (born > 0 && born < chunks) atomicOr(member + born * work.stride, 1u << lane_id());
+    __syncwarp();
+    unsigned come = 0;
+#pragma unroll 1
+    for (int base = 0; base < chunks; base += kWarp) {
+      const int b = base + lane_id();
+      unsigned bits = b < chunks ? member[b * work.stride] : 0;
+#pragma unroll
+      for (int offset = 1; offset < kWarp; offset *= 2) {
+        const unsigned other = __shfl_up_sync(kAllLanes, bits, offset);
+        if (lane_id() >= offset) bits |= other;
+      }
+      bits |= come;
+      if (b < chunks) member[b * work.stride] = bits;
+      come = __shfl_sync(kAllLanes, bits, kWarp - 1);
     }
   }
   __syncthreads();
 #pragma unroll 1
-  for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(work.words);
+  for (int b = warp_id(); b < chunks; b += warp_count()) work.come(b).count(words);
   __syncthreads();
 #pragma unroll 1
   for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-    const int i = e - capacity, place = work.place[e], born = i < 0 ? 0 : p.by_chunk.quotient(work.token[i]);
+    const int i = e - capacity, token = i < 0 ? 0 : work.token[i], place = work.place[e], born = p.by_chunk.quotient(token);
     int low = born;  // the first chunk from then on that finds the bank full with better ones
 #pragma unroll 1
     for (int step = 1 << (31 - __clz(chunks)); step > 0; step /= 2) {
@@ -210,15 +239,8 @@ __device__ inline void walk_segment(const RetentionScan& p, const SegmentPlan& p
       low = (next <= chunks) & held ? next : low;
     }
     const bool arrives = i >= 0 && low > born;
-    if (i >= 0) work.arrives[work.token[i]] = arrives;
+    if (arrives) atomicOr(work.arrival_member + token / 32, 1u << token % 32);
     work.stay[e] = {i < 0 || arrives ? low : 0, low > 0 ? work.come(low - 1).below(place) : e};
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int w = warp_id(); w < words_of(tokens); w += warp_count()) {
-    const int c = 32 * w + lane_id();
-    const unsigned mask = __ballot_sync(kAllLanes, c < tokens && work.arrives[c]);
-    if (lane_id() == 0) work.arrival_member[w] = mask;
   }
   __syncthreads();
   const auto arrivals = work.arrivals();
@@ -244,7 +266,7 @@ __device__ inline void walk_segment(const RetentionScan& p, const SegmentPlan& p
       p.bank_id[row * capacity + e] = bank_id[e];
       p.bank_until[row * capacity + e] = stay.x;
     } else {
-      p.token_stay[row * tokens + work.token[i]] = {stay.x, held};
+      token_stay[work.token[i]] = {stay.x, held};
     }
     if (stay.x < chunks) continue;
     p.rank_after[row * capacity + held] = stay.y;
@@ -263,17 +285,11 @@ inline size_t walk_bytes(const RetentionScan& p) {
   return std::max(walk.used(), merge.used());
 }
 
-// A block for each segment and gate group. The last ones copy the ring into the new state: they wait for memory, the others do
-// not.
-template <class T>
+// A block for each segment and gate group.
 __global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionScan p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ SegmentPlan plan;
-  const int cuts = static_cast<int>(p.segments) * p.gate_groups, block = static_cast<int>(blockIdx.x);
-  if (block >= cuts) {  // all that the ring needs was there before the step before began
-    copy_ring_part<T>(p, block - cuts, p.copied, p.wide);
-    return wait_for_stream();
-  }
+  const int block = static_cast<int>(blockIdx.x);
   wait_for_stream();
   SegmentPlan::put(&plan, p, block / p.gate_groups);
   __syncthreads();
@@ -290,15 +306,11 @@ __global__ void __launch_bounds__(kThreads, 2) retention_walk_kernel(RetentionSc
 
 size_t retention_walk_workspace(const RetentionScan& p) { return workspace_part(walk_bytes(p), p.segments * p.gate_groups); }
 
-cudaError_t retention_walk(const RetentionScan& scan, DType dtype, cudaStream_t stream) {
+cudaError_t retention_walk(const RetentionScan& scan, cudaStream_t stream) {
   auto p = scan;
   p.block_bytes = walk_bytes(scan);
-  const dim3 grid(static_cast<unsigned>(p.segments * p.gate_groups + ring_parts(p, kWarps, p.copied)));
-  return dispatch(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    p.wide = wide_rows<T>(p);
-    return launch_early(retention_walk_kernel<T>, grid, kThreads, shared_part(p.block_bytes), stream, p);
-  });
+  const dim3 grid(static_cast<unsigned>(p.segments * p.gate_groups));
+  return launch_early(retention_walk_kernel, grid, kThreads, shared_part(p.block_bytes), stream, p);
 }
 
 }  // namespace coda::kernels
