@@ -157,8 +157,8 @@ __device__ inline void write_source(const RetentionScan& p, int64_t state, int s
   p.new_exact_pos[state * p.exact_slots + slot] = position;
 }
 
-// The counts of a sequence, whose segments have all been walked: what came into the banks, and the sinks among what left the ring.
-// One warp.
+// The counts of a sequence, whose segments have all been walked: what came into the banks, and the sinks among what left the
+// ring. One warp.
 __device__ inline void count_arrivals(const RetentionScan& p, const SequencePlan& plan) {
   const int64_t first = static_cast<int64_t>(plan.segment0(p)) * p.gate_groups;
   const int segments = plan.segments(p) * p.gate_groups;
