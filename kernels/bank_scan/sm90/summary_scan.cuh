@@ -16,8 +16,8 @@ namespace coda::kernels::sm90 {
 // two sums, each at most the product of the norms of its share of the elements, the accumulations add half as much: 1.45e-5.
 constexpr float kMargin(int sums) { return sums == 1 ? 0x1.8p-15f : 0x1p-15f; }
 
-// One block of a cluster that walks the chunks of one sequence. Half a warp keeps a slot in registers. What others wait for,
-// values and who goes where, comes first; keys and snapshots follow while scores travel.
+// One block of a cluster that walks the chunks of one sequence. Half a warp keeps a slot's values in registers. What others wait
+// for, values and who goes where, comes first; snapshots follow while scores travel, and keys in a kernel of their own.
 template <class T, int kParts, int kBlocks>
 class SummaryScan {
  public:
@@ -66,7 +66,7 @@ class SummaryScan {
     Choice choice{-1, -1};
     Members members[kPairs];
     const int began = i;
-    told_ = p.lists.members + (span.row0 + i) * slots + slot_of(0);
+    members_to_ = p.lists.members + (span.row0 + i) * slots + slot_of(0);
     cluster_wait();
 #pragma unroll 1
     for (; i < chunks; ++i) {
@@ -701,10 +701,10 @@ class SummaryScan {
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
         const auto [low, high] = members[pair].of;
-        if (slot_of(pair) < slots) store_relaxed(told_ + 2 * pair, kThere | low, kThere | high);
+        if (slot_of(pair) < slots) store_relaxed(members_to_ + 2 * pair, kThere | low, kThere | high);
       }
     }
-    told_ += slots;
+    members_to_ += slots;
     if (rank != 0 || warp_id() >= 2) return;
     const int slot = warp_id() == 0 ? choice.slot[0] : choice.slot[1], c = lane_id() + warp_id() * kWarp;
     if (slot >= 0) p.assignment[row * p.chunk + p.lists.summary_offset[row * p.lists.tokens + c]] = slot;
@@ -742,7 +742,7 @@ class SummaryScan {
   const float log_stay;  // binary logarithm of 1 - eta
   uint32_t batch_to_ = 0, batch_scored_ = 0;
   bool batch_own_ = false;
-  SlotMembers* told_ = nullptr;  // of this lane's first slot, in the next row
+  SlotMembers* members_to_ = nullptr;  // of this lane's first slot, in the next row
   uint32_t scored_parity_ = 0, decided_parity_ = 0, met_parity_ = 0;
 };
 

@@ -2,8 +2,6 @@
 
 // The scan as ops launch it.
 
-#include <algorithm>
-
 #include <kernels/bank_scan/launch.h>
 
 #include "../memory_args.h"
@@ -29,24 +27,8 @@ struct ScanProblem {
     p.chunk_rows = p.tokens / memory.chunk + 2 * p.sequences;
     p.kv_heads = static_cast<int>(k.size(1));
     p.dim = static_cast<int>(k.size(2));
-    p.gate_groups = static_cast<int>(state.gate.size(1));
-    p.window = static_cast<int>(memory.window);
-    p.chunk = static_cast<int>(memory.chunk);
-    p.exact_slots = static_cast<int>(state.exact_pos.size(2));
-    p.summary_slots = static_cast<int>(state.summary_mass.size(1));
-    p.num_sinks = static_cast<int>(memory.num_sinks);
-    p.novelty = memory.policy == Policy::kNoveltyLru;
-    p.has_bank_distance = memory.bank_distance.has_value();
-    p.rope_interleaved = interleaved(memory.rope_pairs);
-    p.refresh_on_hit = memory.refresh_on_hit;
-    p.low_freq_key = memory.summary_routing == SummaryRouting::kLowFreqKey;
-    p.exact_candidates = static_cast<int>(std::min(memory.exact_candidates, memory.chunk));
-    p.age_decay = memory.age_decay;
-    p.exact_threshold = logit(memory.tau_exact);
-    p.summary_threshold = logit(memory.tau_summary);
-    p.tau_novel = memory.tau_novel;
-    p.tau_match = memory.tau_match;
-    p.tau_spawn = memory.tau_spawn;
+    set_memory(p, state, memory);
+    set_rule(p, memory);
     // Only the summary bank reads turned keys; copies into the exact bank turn their own.
     turned = p.summary_slots > 0 ? bank_keys(k, state, cu_seqlens, inv_freq, memory) : BankKeys{k, state.k};
     p.k = read(k);

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include <kernels/decode_step/launch.h>
 #include <torch/library.h>
 
@@ -31,28 +29,12 @@ at::Tensor decode_step_(const at::Tensor& q_, const at::Tensor& k_, const at::Te
   p.kv_heads = static_cast<int>(k.size(1));
   p.dim = static_cast<int>(q.size(2));
   p.streams = lam_ ? 2 : 1;
-  p.gate_groups = static_cast<int>(state.gate.size(1));
-  p.window = static_cast<int>(memory.window);
-  p.chunk = static_cast<int>(memory.chunk);
-  p.exact_slots = static_cast<int>(state.exact_pos.size(2));
-  p.summary_slots = static_cast<int>(state.summary_mass.size(1));
-  p.num_sinks = static_cast<int>(memory.num_sinks);
-  p.novelty = memory.policy == Policy::kNoveltyLru;
-  p.has_bank_distance = memory.bank_distance.has_value();
+  set_memory(p, state, memory);
+  set_rule(p, memory);
   p.bank_distance = memory.bank_distance.value_or(0);
-  p.rope_interleaved = interleaved(memory.rope_pairs);
   p.theta_interleaved = interleaved(attention.theta_pairs);
   p.gate_bias = memory.gate_bias;
   p.mass_bias = memory.mass_bias;
-  p.refresh_on_hit = memory.refresh_on_hit;
-  p.low_freq_key = memory.summary_routing == SummaryRouting::kLowFreqKey;
-  p.exact_candidates = static_cast<int>(std::min(memory.exact_candidates, memory.chunk));
-  p.age_decay = memory.age_decay;
-  p.exact_threshold = logit(memory.tau_exact);
-  p.summary_threshold = logit(memory.tau_summary);
-  p.tau_novel = memory.tau_novel;
-  p.tau_match = memory.tau_match;
-  p.tau_spawn = memory.tau_spawn;
   p.scale = scale_of(attention, p.dim);
   p.norm_eps = attention.norm_eps;
   p.q = read(q);

@@ -2,6 +2,7 @@
 
 // What the CUDA ops have in common: tensors into the plain pointers and numbers that kernels take.
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -71,6 +72,33 @@ inline at::Tensor workspace(size_t bytes, const at::Tensor& like) {
 }
 
 inline bool interleaved(Pairs pairs) { return pairs == Pairs::kInterleaved; }
+
+// The memory as every kernel that reads it knows it.
+template <class Params>
+void set_memory(Params& p, const State& state, const MemoryOptions& memory) {
+  p.gate_groups = static_cast<int>(state.gate.size(1));
+  p.window = static_cast<int>(memory.window);
+  p.chunk = static_cast<int>(memory.chunk);
+  p.exact_slots = static_cast<int>(state.exact_pos.size(2));
+  p.summary_slots = static_cast<int>(state.summary_mass.size(1));
+  p.num_sinks = static_cast<int>(memory.num_sinks);
+  p.has_bank_distance = memory.bank_distance.has_value();
+  p.rope_interleaved = interleaved(memory.rope_pairs);
+}
+// How it decides what to keep.
+template <class Params>
+void set_rule(Params& p, const MemoryOptions& memory) {
+  p.novelty = memory.policy == Policy::kNoveltyLru;
+  p.refresh_on_hit = memory.refresh_on_hit;
+  p.low_freq_key = memory.summary_routing == SummaryRouting::kLowFreqKey;
+  p.exact_candidates = static_cast<int>(std::min(memory.exact_candidates, memory.chunk));
+  p.age_decay = memory.age_decay;
+  p.exact_threshold = logit(memory.tau_exact);
+  p.summary_threshold = logit(memory.tau_summary);
+  p.tau_novel = memory.tau_novel;
+  p.tau_match = memory.tau_match;
+  p.tau_spawn = memory.tau_spawn;
+}
 
 inline double scale_of(const AttentionOptions& options, int64_t dim) {
   return options.scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)));

@@ -103,7 +103,8 @@ class TestAgainstTheReference:
 MANY_CHUNKS = {
     "default proportions": CodaConfig(window=32, chunk=4, exact_slots=20, num_sinks=3, bank_distance=64),
     "shared gates": CodaConfig(window=32, chunk=8, exact_slots=90, num_sinks=4, gates="shared", bank_distance=64),
-    "chunks of twelve, many sinks": CodaConfig(window=48, chunk=12, exact_slots=60, num_sinks=20, gates="shared", bank_distance=64),
+    "chunks of twelve, many sinks": CodaConfig(window=48, chunk=12, exact_slots=60, num_sinks=20, gates="shared",
+                                               bank_distance=64),
     "chunks of one": CodaConfig(window=3, chunk=1, exact_slots=6, num_sinks=1, bank_distance=None),
     "a chunk as long as the window": CodaConfig(window=40, chunk=40, exact_slots=33, num_sinks=0, bank_distance=None),
     "chunks of hundreds": CodaConfig(window=600, chunk=300, exact_slots=70, num_sinks=2, bank_distance=600),
